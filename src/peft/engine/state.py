@@ -1,0 +1,253 @@
+"""Adapter weights out of a model and into it.
+
+`AdapterState` knows where each tensor of an adapter lives and what it is called on disk. Reading and writing go through
+it; nothing else translates keys.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..utils.naming import near_misses
+from ..utils.registry import method
+from .auxiliary import AuxiliaryTrainingWrapper
+from .layer import BaseTunerLayer
+from .lifecycle import Entry, holders_of
+
+BASE_PREFIX = "base_model.model."
+
+
+@dataclass
+class Slot:
+    """Where one tensor of an adapter lives, with its full names."""
+
+    live: str
+    saved: str
+    entry: Entry
+
+
+@dataclass
+class LoadResult:
+    """What loading an adapter's weights found."""
+
+    missing: list[str] = field(default_factory=list)
+    """Names in memory that the file has nothing for."""
+    unexpected: list[str] = field(default_factory=list)
+    """Names in the file that the model has no place for."""
+
+
+class AdapterState:
+    """The tensors of one adapter in one model.
+
+    Args:
+        model: a `PeftModel`, or a model with injected adapters.
+        adapter_name: a key of its `peft_config`.
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str) -> None:
+        configs = getattr(model, "peft_config", None) or {}
+        if adapter_name not in configs:
+            near = near_misses(adapter_name, configs)
+            raise KeyError(
+                f"There is no adapter {adapter_name!r}; known are {sorted(configs)}." + (f" Nearest: {near}." if near else "")
+            )
+        self.model, self.adapter_name, self.config = model, adapter_name, configs[adapter_name]
+        self.tuner_cls = method(self.config.peft_type).model_cls
+        self.slots = {slot.saved: slot for slot in self._slots()}
+
+    def _slots(self) -> Iterator[Slot]:
+        inside = ""
+        for name, holder in holders_of(self.model):
+            if inside and name.startswith(inside):
+                continue  # a wrapper speaks for what is inside it
+            if isinstance(holder, AuxiliaryTrainingWrapper):
+                inside = f"{name}."
+            yield from _prefixed(name, holder.state_entries(self.adapter_name))
+        tuner = getattr(self.model, "base_model", None)
+        if tuner is not None and hasattr(tuner, "shared_state_entries"):
+            yield from _prefixed("base_model", tuner.shared_state_entries(self.adapter_name))
+
+    # --------------------------------------------------------------------------------------------------------- reading
+
+    def read(self, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """The adapter's tensors by their names on disk.
+
+        Args:
+            state_dict: take the values from here, by their names in memory, instead of from the model.
+        """
+        if state_dict is None and _needs_state_dict(self.model):
+            state_dict = self.model.state_dict()
+        if state_dict is None:
+            state = {slot.saved: slot.entry.tensor.detach() for slot in self.slots.values()}
+        else:
+            plain = {key.replace("_fsdp_wrapped_module.", ""): value for key, value in state_dict.items()}
+            names = {slot.saved: slot.live.replace("_fsdp_wrapped_module.", "") for slot in self.slots.values()}
+            state = {saved: plain[live] for saved, live in names.items() if live in plain}
+        state = {key.replace("_fsdp_wrapped_module.", ""): value for key, value in state.items()}
+        state |= self._biases()
+        return self._hook("adapter_state_to_save", state)
+
+    def _biases(self) -> dict[str, torch.Tensor]:
+        bias = getattr(self.config, "bias", "none")
+        if bias == "none":
+            return {}
+        found: dict[str, torch.Tensor] = {}
+        if bias == "all":
+            for name, parameter in self.model.named_parameters():
+                if name.rsplit(".", 1)[-1] == "bias" and not _inside_adapter(self.model, name):
+                    found[name] = parameter.detach()
+            return found
+        for name, holder in holders_of(self.model):
+            if self.adapter_name in holder._get_available_adapters() and not holder.exclusive:
+                base_bias = getattr(holder.base_layer, "bias", None)
+                if torch.is_tensor(base_bias):
+                    found[f"{name}.base_layer.bias"] = base_bias.detach()
+        return found
+
+    def _hook(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        # A method whose file is not the plain list of its tensors says how the two translate.
+        hook = getattr(self.tuner_cls, name, None)
+        return state if hook is None else hook(self.model, self.config, self.adapter_name, state)
+
+    # --------------------------------------------------------------------------------------------------------- writing
+
+    def write(
+        self, state: dict[str, torch.Tensor], ignore_mismatched_sizes: bool = False, assign: bool = False
+    ) -> LoadResult:
+        """Load the adapter's tensors; everything is checked before a value is written.
+
+        Args:
+            state: tensors by their names on disk.
+            ignore_mismatched_sizes: leave tensors of another shape out, with a warning, instead of raising.
+            assign: make the given tensors the parameters instead of copying their values.
+
+        Raises:
+            RuntimeError: a tensor has another shape than its place.
+            ValueError: a tensor has NaN or infinite values.
+        """
+        state = self._hook("adapter_state_to_load", {self._key(key): value for key, value in state.items()})
+        plan = {key: (slot, state[key]) for key, slot in self.slots.items() if key in state}
+        extra = {key: value for key, value in state.items() if key not in self.slots}
+        base, unexpected = self._base_tensors(extra)
+        self._check_shapes(plan, base, ignore_mismatched_sizes)
+        _check_finite({key: value for key, (_, value) in plan.items()} | {key: value for key, (_, value) in base.items()})
+        with torch.no_grad():
+            for slot, value in plan.values():
+                _store(slot.entry, value, assign)
+            for target, value in base.values():
+                target.data.copy_(value)
+        for _, holder in holders_of(self.model):
+            holder._plan = None
+        missing = [slot.live for key, slot in self.slots.items() if key not in plan]
+        return LoadResult(missing, unexpected)
+
+    def _key(self, key: str) -> str:
+        """A name on disk as this model has it: with the wrapper's prefix exactly if the model is wrapped."""
+        key = key.removeprefix("_orig_mod.")
+        if "lora_magnitude_vector.weight" in key:
+            key = key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+        if not hasattr(self.model, "base_model") or not hasattr(self.model, "peft_type"):
+            return key.removeprefix(BASE_PREFIX)
+        return key
+
+    def _base_tensors(
+        self, extra: dict[str, torch.Tensor]
+    ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], list[str]]:
+        """Entries that are no adapter's: biases and embeddings of the base model, which a file may hold too."""
+        base: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        unexpected = []
+        for key, value in extra.items():
+            target = _tensor_called(self.model, key)
+            if target is None:
+                unexpected.append(key)
+            else:
+                base[key] = (target, value)
+        return base, unexpected
+
+    def _check_shapes(self, plan: dict, base: dict, ignore: bool) -> None:
+        wrong = []
+        for group, current in ((plan, lambda item: item.entry.tensor), (base, lambda item: item)):
+            for key in list(group):
+                expected, found = current(group[key][0]).shape, group[key][1].shape
+                if expected != found and not _packed_4bit(expected, found):
+                    wrong.append((key, tuple(expected), tuple(found)))
+                    if ignore:
+                        del group[key]
+        if not wrong:
+            return
+        lines = "; ".join(f"{key}: expected {expected}, found {found}" for key, expected, found in wrong[:5])
+        rest = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        if ignore:
+            warnings.warn(f"Weights of another shape are left out for the adapter {self.adapter_name!r}: {lines}{rest}.")
+            return
+        raise RuntimeError(
+            f"The weights do not fit the adapter {self.adapter_name!r} (size mismatch): {lines}{rest}. Load them with the "
+            "configuration they were trained with, or pass ignore_mismatched_sizes=True. Nothing was loaded."
+        )
+
+
+def _prefixed(name: str, entries: Iterator[Entry]) -> Iterator[Slot]:
+    prefix = f"{name}." if name else ""
+    for entry in entries:
+        yield Slot(prefix + entry.live, prefix + entry.saved, entry)
+
+
+def _needs_state_dict(model: nn.Module) -> bool:
+    # Sharded models (FSDP, DeepSpeed) gather their weights in hooks of state_dict().
+    return any(module._state_dict_hooks or module._state_dict_pre_hooks for module in model.modules())
+
+
+def _tensor_called(model: nn.Module, key: str) -> torch.Tensor | None:
+    path, _, attribute = key.rpartition(".")
+    module: Any = model
+    for part in path.split(".") if path else ():
+        module = module._modules.get(part)
+        if module is None:
+            return None
+    return module._parameters.get(attribute, module._buffers.get(attribute))
+
+
+def _inside_adapter(model: nn.Module, name: str) -> bool:
+    module: Any = model
+    for part in name.split(".")[:-1]:
+        if isinstance(module, BaseTunerLayer) and part != "base_layer":
+            return True
+        module = module._modules[part]
+    return isinstance(module, BaseTunerLayer)
+
+
+def _packed_4bit(expected: torch.Size, found: torch.Size) -> bool:
+    return bool(expected) and expected[-1] == 1 and expected.numel() * 2 == found.numel()
+
+
+def _check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    floats = {key: value for key, value in tensors.items() if value.is_floating_point() and value.numel()}
+    by_sort: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+    for key, value in floats.items():
+        if value.device.type != "meta" and value.dtype.itemsize > 1:
+            by_sort.setdefault((value.dtype, value.device), []).append(key)
+    for keys in by_sort.values():
+        norms = torch.stack(torch._foreach_norm([floats[key].detach() for key in keys], float("inf")))
+        bad = [key for key, finite in zip(keys, torch.isfinite(norms).tolist()) if not finite]
+        if bad:
+            raise ValueError(f"The weights {bad[:5]} have NaN or infinite values. Nothing was loaded.")
+
+
+def _store(entry: Entry, value: torch.Tensor, assign: bool) -> None:
+    current = entry.tensor
+    if not assign and not current.is_meta:
+        current.data.copy_(value)
+        return
+    # A meta tensor has the dtype that the adapter is to have; the value decides the device, unless moved later.
+    dtype = current.dtype if current.is_meta and not assign else value.dtype
+    fresh = value.to(dtype) if assign else value.to(dtype, copy=True)
+    if isinstance(current, nn.Parameter):
+        fresh = nn.Parameter(fresh, requires_grad=current.requires_grad)
+    owner = entry.owner
+    (owner._parameters if entry.attribute in owner._parameters else owner._buffers)[entry.attribute] = fresh

@@ -1,0 +1,674 @@
+"""The tuner: one model with its adapters of one method, and the operations over all of its layers.
+
+A method's tuner declares `prefix`, `tuner_layer_cls`, `target_module_mapping`, `layer_classes` (which layer class wraps
+which kind of base layer) and `layer_options` (what its configuration says about one layer).
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..utils.error import NoMatchingPeftModuleError
+from ..utils.naming import check_adapter_name
+from .backends import resolve_quantization_backend
+from .injection import AdapterConfigs, Injection
+from .kinds import kind_of
+from .layer import AdapterLayer, BaseTunerLayer
+from .lifecycle import AdapterHolder, MixedBatch, Roster, as_names, holders_of, set_trains
+from .matching import TargetMatcher, _ExcludedModule
+from .offload import onload_layer
+from .undo import Undo
+
+
+class BaseTuner(nn.Module, ABC):
+    """Injects the adapters of a method into a model and steers them.
+
+    Attributes that the tuner does not have are the model's.
+
+    Args:
+        model: the model to adapt, in place.
+        peft_config: the configuration of the adapter, or a dictionary of configurations by adapter name.
+        adapter_name: the adapter to inject.
+        low_cpu_mem_usage: make its parameters on the meta device, to be loaded afterwards.
+        state_dict: target what this adapter state has weights for, instead of what the configuration selects.
+    """
+
+    prefix: ClassVar[str]
+    tuner_layer_cls: ClassVar[type[BaseTunerLayer]] = BaseTunerLayer
+    target_module_mapping: ClassVar[dict[str, Any]] = {}
+    uses_shared_state: ClassVar[bool] = False
+    layer_classes: ClassVar[dict[str, type[AdapterLayer]]] = {}
+    """Kind name -> layer class; the key "any" stands for every module."""
+    unsupported_error: ClassVar[type[Exception]] = TypeError
+    """What is raised for a target that no layer class fits."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: Any,
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        check_adapter_name(adapter_name)
+        self.model = model
+        self.targeted_module_names: list[str] = []
+        self.targeted_parameter_names: list[str] = []
+        configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
+        with Undo() as undo:
+            self.peft_config = self._join_configs(model, configs, undo)
+            self.active_adapter: str | list[str] = adapter_name
+            self._pre_injection_hook(self.model, self.peft_config[adapter_name], adapter_name)
+            self.inject_adapter(
+                self.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
+            )
+            self._post_injection_hook(self.model, self.peft_config[adapter_name], adapter_name)
+        self.model.peft_config = self.peft_config
+
+    def _join_configs(self, model: nn.Module, configs: dict[str, Any], undo: Undo) -> AdapterConfigs:
+        existing = getattr(model, "peft_config", None)
+        if not existing:
+            return AdapterConfigs(configs)
+        taken = sorted(set(existing) & set(configs))
+        warnings.warn(
+            f"The model carries adapters already: {sorted(existing)}. "
+            + (f"{taken} will be made anew." if taken else f"{sorted(configs)} will be added to them.")
+        )
+        joined = existing if isinstance(existing, AdapterConfigs) else AdapterConfigs(existing)
+        undo.push(joined.put_back, dict(joined))
+        joined.update(configs)
+        return joined
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":  # half-built: there is no model to ask yet
+                raise
+            return getattr(self.model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return as_names(self.active_adapter)
+
+    # ---------------------------------------------------------------------------------------- what a method may override
+
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        """Called before an adapter is injected, with nothing changed yet."""
+
+    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        """Called when an adapter has been injected."""
+
+    def _convert_adapter_config(self, peft_config: Any, model: nn.Module) -> None:
+        """Rewrite a configuration (in place) that names modules of an older form of this architecture."""
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Change the model's structure before its modules are matched."""
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        """Fill in the targets that the method has for this type of model.
+
+        Raises:
+            ValueError: no targets given, and none known for the type.
+        """
+        if peft_config.target_modules is None and getattr(peft_config, "target_parameters", None) is None:
+            model_type = model_config.get("model_type")
+            targets = self.target_module_mapping.get(model_type)
+            if targets is None:
+                raise ValueError(
+                    f"target_modules is not set, and {type(peft_config).__name__} has no default for the model type "
+                    f"{model_type!r}. Name the modules to adapt, or use target_modules='all-linear'."
+                )
+            peft_config.target_modules = targets if isinstance(targets, str) else set(targets)
+        return peft_config
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        """Raise unless the configuration goes with those of the adapters there already.
+
+        Raises:
+            ValueError: a second adapter with a `bias` other than "none".
+        """
+        if len(self.peft_config) > 1 and getattr(config, "bias", "none") != "none":
+            raise ValueError(
+                f"{type(self).__name__} supports one adapter that trains biases; with several adapters set bias='none' "
+                f"for all, got bias={config.bias!r}."
+            )
+        biased = [name for name, other in self.peft_config.items() if getattr(other, "bias", "none") != "none"]
+        if len(self.peft_config) > 1 and biased:
+            raise ValueError(
+                f"The adapters {biased} train biases, so no other adapter can be added beside them. Set bias='none'."
+            )
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> bool | _ExcludedModule:
+        """Whether a module is a target; overriding it replaces the compiled matcher."""
+        return TargetMatcher(peft_config).check(key)
+
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        """Raise if this architecture breaks when that module is adapted."""
+
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        """Keep copies of tied modules tied; a method that cannot says so."""
+        warnings.warn(f"{type(self).__name__} cannot keep copies of tied modules tied: {tied_weight_keys}.")
+
+    def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        """Keep adapters of tied modules tied; a method that cannot says so."""
+        warnings.warn(f"{type(self).__name__} cannot keep adapters of tied modules tied: {tied_weight_keys}.")
+
+    def layer_options(self, config: Any, adapter_name: str, key: str, target: nn.Module) -> dict[str, Any]:
+        """Keyword arguments of the layer's constructor and `update_layer` that depend on the module, such as its rank."""
+        return {}
+
+    def _layer_class(self, base: nn.Module, config: Any) -> type[AdapterLayer] | None:
+        kind = kind_of(base)
+        if kind is not None and kind.name in self.layer_classes:
+            return self.layer_classes[kind.name]
+        return self.layer_classes.get("any")
+
+    def _create_new_module(self, config: Any, adapter_name: str, target: nn.Module, **options: Any) -> nn.Module:
+        """The layer that takes the place of a target.
+
+        Raises:
+            Exception: `unsupported_error`, for a target that the method cannot adapt.
+        """
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        backend = resolve_quantization_backend(base, **self._quantization_options())
+        layer_cls = self.layer_classes.get(backend.layer_type) if backend else self._layer_class(base, config)
+        if layer_cls is None:
+            raise self.unsupported_error(
+                f"{type(self).__name__} cannot adapt {options.get('target_name') or 'the target'}: it is a "
+                f"{type(base).__name__}, and supported are {', '.join(sorted(self.layer_classes))}."
+            )
+        if backend is not None:
+            options["quantization_backend"] = backend
+        _correct_fan_in_fan_out(config, base)
+        return layer_cls(target, adapter_name, config=config, **options)
+
+    def _quantization_options(self) -> dict[str, Any]:
+        return {"model": self.model}
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        """Give a target the adapter: wrap it, or add to the layer that it is already."""
+        options = self.layer_options(peft_config, adapter_name, current_key, target)
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, config=peft_config, **options)
+        else:
+            new_module = self._create_new_module(peft_config, adapter_name, target, **options)
+            self._replace_module(parent, target_name, new_module, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a layer in the place of the module that it wraps."""
+        setattr(parent, child_name, new_module)
+        new_module.train(child.training)
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """Context in which the layers know which adapter each row of the batch uses (`adapter_names`)."""
+        return self.mixed_batch(kwargs.get("adapter_names"))
+
+    # ---------------------------------------------------------------------------------------------------------- injection
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """The model's configuration as a dictionary; `{"model_type": "custom"}` for a model without one."""
+        return Injection.model_config(model)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Put the adapter of that name into the model; `peft_config` has its configuration already.
+
+        Args:
+            model: the model to change.
+            adapter_name: a key of `peft_config`.
+            autocast_adapter_dtype: of no effect here; see `cast_adapter_dtype`.
+            low_cpu_mem_usage: make the parameters on the meta device, to be loaded afterwards.
+            state_dict: target what this adapter state has weights for.
+
+        Raises:
+            NoMatchingPeftModuleError: nothing was selected. Whatever is raised, the model is as it was.
+        """
+        Injection(self, model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict).run()
+        self.__dict__.pop("_holders", None)
+
+    # ------------------------------------------------------------------------------------------------------ all the layers
+
+    @property
+    def holders(self) -> list[tuple[str, AdapterHolder]]:
+        """Name and module of every tuner layer and wrapper, found once and remembered until the structure changes."""
+        if "_holders" not in self.__dict__:
+            self.__dict__["_holders"] = list(holders_of(self.model))
+        return self.__dict__["_holders"]
+
+    @property
+    def roster(self) -> Roster:
+        return self.holders[0][1].roster if self.holders else Roster()
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones everywhere, and exactly their weights trainable.
+
+        Args:
+            adapter_name: one name or several.
+            inference_mode: use them, but train nothing.
+
+        Raises:
+            ValueError: an unknown name, or adapters that exclude each other; nothing is changed.
+        """
+        names = as_names(adapter_name)
+        self.roster.check(names, extra=self.peft_config)
+        for _, holder in self.holders:
+            holder.activate(names, inference_mode)
+        self.active_adapter = adapter_name
+        refresh_biases(self.model, self.peft_config, names, enabled=not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        """Set the flag of all weights of these adapters by hand."""
+        for _, holder in self.holders:
+            holder.set_requires_grad(adapter_names, requires_grad)
+
+    def enable_adapter_layers(self) -> None:
+        """Use the active adapters again, and train what trained before."""
+        for _, holder in self.holders:
+            holder.enable_adapters(True)
+        refresh_biases(self.model, self.peft_config, self.active_adapters, enabled=True)
+
+    def disable_adapter_layers(self) -> None:
+        """Use the base model alone; nothing trains."""
+        for name in self.active_adapters:
+            bias = getattr(self.peft_config.get(name), "bias", "none")
+            if bias != "none":
+                warnings.warn(
+                    f"The adapter {name!r} trains biases in place (bias={bias!r}); with it disabled the output is not "
+                    "the base model's, since the biases stay as trained."
+                )
+        for _, holder in self.holders:
+            holder.enable_adapters(False)
+        refresh_biases(self.model, self.peft_config, self.active_adapters, enabled=False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter with all its weights.
+
+        Raises:
+            ValueError: an unknown name, or it is merged into some layer.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"There is no adapter {adapter_name!r}; known are {sorted(self.peft_config)}.")
+        merged = [name for name, holder in self.holders if adapter_name in holder.merged_adapters]
+        if merged:
+            raise ValueError(
+                f"The adapter {adapter_name!r} is merged (into {merged[0]} and {len(merged) - 1} others) and cannot be "
+                "deleted. Call unmerge_adapter() first."
+            )
+        del self.peft_config[adapter_name]
+        for _, holder in self.holders:
+            holder.delete_adapter(adapter_name)
+        self.active_adapter = self.holders[0][1].active_adapters if self.holders else []
+
+    @contextmanager
+    def mixed_batch(self, adapter_names: list[str] | None) -> Iterator[None]:
+        """Context in which each row of a batch uses the adapter named for it.
+
+        Args:
+            adapter_names: one name per row, `"__base__"` for the base model; None for an ordinary batch.
+
+        Raises:
+            ValueError: in training mode, or an unknown name.
+        """
+        if adapter_names is None:
+            yield
+            return
+        roster = self.roster
+        check_mixed_batch(self.model, roster, adapter_names)
+        roster.batch = MixedBatch(list(adapter_names))
+        try:
+            yield
+        finally:
+            roster.batch = None
+
+    # ------------------------------------------------------------------------------------------------------------ merging
+
+    def _check_merge_allowed(self) -> None:
+        """Raise or warn if this model must not have its adapters merged."""
+        config = self.get_model_config(self.model)
+        leaves = {name.rsplit(".", 1)[-1] for name in self.targeted_module_names}
+        if config.get("tie_word_embeddings") and leaves & {"embed_tokens", "lm_head"}:
+            warnings.warn(
+                "The model ties its word embeddings and one of them is adapted: merging changes one of the two, so "
+                "that they are not tied afterwards."
+            )
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold adapters into the base weights; `unmerge_adapter` brings these back bit for bit.
+
+        Args:
+            adapter_names: which adapters; the active ones by default.
+            safe_merge: check the results for NaN and infinity.
+
+        Raises:
+            ValueError: with `safe_merge`, a result is not finite. Whatever is raised, the model is as it was.
+        """
+        self._check_merge_allowed()
+        with Undo() as undo:
+            for _, holder in self.holders:
+                with onload_layer(holder):
+                    before = list(holder.merged_adapters)
+                    undo.push(_set_merged, holder, before)
+                    holder.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        """Bring the base weights back as they were before merging."""
+        # Backwards: layers that share a weight were merged one on top of the other.
+        for _, holder in reversed(self.holders):
+            with onload_layer(holder):
+                holder.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Fold the adapters into the base weights for good and give back the plain model.
+
+        Args:
+            progressbar: show one.
+            safe_merge: check the results for NaN and infinity before anything is written.
+            adapter_names: which adapters; the active ones by default.
+
+        Raises:
+            TypeError: `adapter_names` is a string.
+            ValueError: a result is not finite; the model is as it was.
+        """
+        return self._unload_and_optionally_merge(
+            merge=True, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+
+    def unload(self) -> nn.Module:
+        """Take all adapters out and give back the base model as it was."""
+        return self._unload_and_optionally_merge(merge=False)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names must be a list, got {adapter_names!r}; pass [{adapter_names!r}].")
+        if merge:
+            self._check_merge_allowed()
+        if merge and safe_merge:
+            self.merge_adapter(adapter_names, safe_merge=True)
+            self.unmerge_adapter()
+        ties = _TiedEmbeddings(self.model)
+        inside: tuple[str, ...] = ()
+        names = [name for name, _ in self.holders]
+        for name, holder in tqdm(list(self.holders), disable=not progressbar, desc="Unloading " + ("and merging" if merge else "")):
+            if inside and name.startswith(inside):
+                continue
+            inside = (f"{name}.",)
+            with onload_layer(holder):
+                plain = unloaded(holder, merge, adapter_names)
+            _set_submodule(self.model, name, holder, plain)
+        self.__dict__.pop("_holders", None)
+        if "peft_config" in self.model.__dict__:
+            del self.model.peft_config
+        if merge and names:
+            ties.update_config()
+        return self.model
+
+    # ------------------------------------------------------------------------------------------------------------ others
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether every layer's adapter can be turned into a LoRA adapter."""
+        layers = [holder for _, holder in self.holders if isinstance(holder, self.tuner_layer_cls)]
+        return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        cast_adapter_dtype(self.model, adapter_name, autocast_adapter_dtype)
+
+
+def check_mixed_batch(model: nn.Module, roster: Roster, adapter_names: list[str]) -> None:
+    """Raise unless a batch of these adapters can be run.
+
+    Raises:
+        ValueError: in training mode, or an unknown name.
+    """
+    if model.training:
+        raise ValueError("A mixed batch (adapter_names) is for inference; call model.eval() first.")
+    unknown = sorted(set(adapter_names) - set(roster.holders) - {"__base__"})
+    if unknown:
+        raise ValueError(
+            f"adapter_names has the unknown adapters {unknown}; known are {sorted(roster.holders)} and '__base__'."
+        )
+
+
+def unloaded(holder: AdapterHolder, merge: bool, adapter_names: list[str] | None) -> nn.Module:
+    """The plain module inside a holder, the holders inside it unloaded too, with the adapters folded in if asked."""
+    if hasattr(holder, "unload_and_optionally_merge_module"):
+        return holder.unload_and_optionally_merge_module(merge, False, adapter_names)
+    inner = holder.base_layer
+    if isinstance(inner, AdapterHolder):
+        plain = unloaded(inner, merge, adapter_names)
+        holder.base_layer = plain
+    if merge:
+        holder.merge(adapter_names=adapter_names)
+    elif holder.merged_adapters:
+        holder.unmerge()
+    return holder.get_base_layer()
+
+
+def _set_merged(holder: AdapterHolder, names: list[str]) -> None:
+    if holder.merged_adapters == names:
+        return
+    holder.unmerge()
+    if names:
+        holder.merge(adapter_names=names)
+
+
+def _set_submodule(model: nn.Module, name: str, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever the model refers to `old`, a module shared under several names included."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    setattr(parent, name.rpartition(".")[2], new)
+    for module in model.modules():
+        for child_name, child in module._modules.items():
+            if child is old:
+                module._modules[child_name] = new
+
+
+class _TiedEmbeddings:
+    """Whether a model's input and output embeddings shared their weight, and whether they still do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def update_config(self) -> None:
+        config = getattr(self.model, "config", None)
+        if not getattr(config, "tie_word_embeddings", False):
+            return
+        embeddings = [getattr(self.model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+        weights = [getattr(module, "weight", None) for module in embeddings]
+        if any(weight is None for weight in weights) or weights[0].data_ptr() == weights[1].data_ptr():
+            return
+        config.tie_word_embeddings = False
+        warnings.warn("The word embeddings are no longer tied after merging; config.tie_word_embeddings is set to False.")
+
+
+def _correct_fan_in_fan_out(config: Any, base: nn.Module) -> None:
+    """Make `fan_in_fan_out` of a configuration say how the layer at hand stores its weight."""
+    if not hasattr(config, "fan_in_fan_out"):
+        return
+    kind = kind_of(base)
+    if kind is not None and kind.name in ("linear", "conv1d_transformers"):
+        stored = kind.transposed
+        if config.fan_in_fan_out != stored:
+            warnings.warn(
+                f"fan_in_fan_out is set to {stored}, since a {type(base).__name__} stores its weight "
+                f"{'(in, out)' if stored else '(out, in)'}."
+            )
+            config.fan_in_fan_out = stored
+
+
+# ------------------------------------------------------------------------------------ the same for a model without tuner
+
+
+def set_adapter(
+    model: nn.Module,
+    adapter_name: str | list[str],
+    inference_mode: bool = False,
+    layer_cls: type = BaseTunerLayer,
+) -> None:
+    """Make these adapters the active ones in every layer of a model, and exactly their weights trainable.
+
+    Args:
+        model: a model with injected adapters.
+        adapter_name: one name or several.
+        inference_mode: use them, but train nothing.
+        layer_cls: only layers of this class; wrappers take part in any case.
+
+    Raises:
+        ValueError: an unknown name, or adapters that exclude each other; nothing is changed.
+    """
+    names = as_names(adapter_name)
+    holders = _selected(model, layer_cls)
+    configs = getattr(model, "peft_config", None) or {}
+    if holders:
+        holders[0].roster.check(names, extra=configs)
+    for holder in holders:
+        holder.activate(names, inference_mode)
+    refresh_biases(model, configs, names, enabled=not inference_mode)
+
+
+def _selected(model: nn.Module, layer_cls: type) -> list[AdapterHolder]:
+    return [
+        holder
+        for _, holder in holders_of(model)
+        if isinstance(holder, layer_cls) or hasattr(holder, "unload_and_optionally_merge_module")
+    ]
+
+
+def delete_adapter(
+    model: nn.Module, adapter_name: str, prefix: str, layer_cls: type = BaseTunerLayer
+) -> list[str] | None:
+    """Remove an adapter's weights from every layer of a model.
+
+    Args:
+        model: a model with injected adapters; its `peft_config` is not touched.
+        adapter_name: the adapter.
+        prefix: the method's parameter prefix. Layers are found by their class; nothing is matched by it.
+        layer_cls: only layers of this class; wrappers take part in any case.
+
+    Returns:
+        The adapters that are active now, None if the model has no layers.
+    """
+    holders = _selected(model, layer_cls)
+    for holder in holders:
+        holder.delete_adapter(adapter_name)
+    return holders[0].active_adapters if holders else None
+
+
+def set_requires_grad(model: nn.Module, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+    """Set by hand whether the weights of adapters require grad, in tuner layers and wrappers.
+
+    Args:
+        model: a model with adapters.
+        adapter_names: one name or several; those that a layer does not hold are ignored.
+        requires_grad: the flag.
+    """
+    for _, holder in holders_of(model):
+        holder.set_requires_grad(adapter_names, requires_grad)
+
+
+LOW_PRECISION = {torch.float16, torch.bfloat16} | {
+    getattr(torch, name)
+    for name in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
+    if hasattr(torch, name)
+}
+
+
+def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Turn an adapter's low-precision weights to float32, so that training is stable on a half-precision base.
+
+    Copies of modules (`modules_to_save`) keep their dtype.
+
+    Args:
+        model: a model with adapters.
+        adapter_name: the adapter.
+        autocast_adapter_dtype: False for nothing.
+    """
+    if not autocast_adapter_dtype:
+        return
+    for _, holder in holders_of(model):
+        if getattr(holder, "keeps_dtype", False) or holder.exclusive:
+            continue
+        for attribute in holder.adapter_layer_names + holder.other_param_names:
+            container = getattr(holder, attribute, None)
+            if isinstance(container, nn.Module) and adapter_name in container:
+                _upcast(container, adapter_name)
+        holder._plan = None
+
+
+def _upcast(container: nn.Module, name: str) -> None:
+    entry = container[name]
+    if isinstance(entry, nn.Module):
+        for module in entry.modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None and parameter.dtype in LOW_PRECISION:
+                    module._parameters[key] = nn.Parameter(parameter.data.float(), parameter.requires_grad)
+    elif entry.dtype in LOW_PRECISION:
+        is_parameter = isinstance(entry, nn.Parameter)
+        container[name] = nn.Parameter(entry.data.float(), entry.requires_grad) if is_parameter else entry.float()
+
+
+def refresh_biases(model: nn.Module, configs: dict[str, Any], active: list[str], enabled: bool) -> None:
+    """Let the biases outside tuner layers follow the adapter that asked for `bias="all"`."""
+    owners = [name for name, config in configs.items() if getattr(config, "bias", "none") == "all"]
+    if not owners:
+        return
+    flag = enabled and any(name in active for name in owners)
+    for name, parameter in model.named_parameters():
+        if name.rsplit(".", 1)[-1] == "bias" and not is_adapter_owned(model, name):
+            set_trains(parameter, flag)
+
+
+def is_adapter_owned(model: nn.Module, name: str) -> bool:
+    """Whether the parameter of that name belongs to an adapter, or to a module that a wrapper keeps."""
+    module = model
+    for part in name.split(".")[:-1]:
+        if isinstance(module, AdapterHolder) and part != "base_layer":
+            return True
+        module = getattr(module, part)
+    return isinstance(module, AdapterHolder)
+
+
+__all__ = [
+    "BaseTuner",
+    "NoMatchingPeftModuleError",
+    "cast_adapter_dtype",
+    "delete_adapter",
+    "set_adapter",
+    "set_requires_grad",
+]

@@ -1,0 +1,307 @@
+"""`PeftModel` by task: the forward signatures that trainers look at, and the heads that are trained in full.
+
+With a tuner, every class hands its arguments to the base model. With prompt learning, `self.prompts` puts the prompt in.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from .config import PeftConfig
+from .peft_model import PeftModel
+
+
+def _needs_task_ids(model: PeftModel) -> bool:
+    """Whether the method routes by task: its base model or encoder takes `task_ids`."""
+    return getattr(model.base_model, "takes_task_ids", False)
+
+
+class _TaskModel(PeftModel):
+    """What the classes for tasks share.
+
+    Args:
+        model: the base model.
+        peft_config: the first adapter's configuration.
+        adapter_name: the first adapter's name.
+        kwargs: further arguments of `PeftModel`.
+    """
+
+    heads: ClassVar[tuple[str, ...]] = ()
+    """Names that the output layer of such a model goes by; it is trained in full and saved with the adapter."""
+
+    def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any) -> None:
+        add_heads(peft_config, self.heads)
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+        self._note_head()
+
+    def _note_head(self) -> None:
+        for name, _ in self.base_model.named_children():
+            if any(head in name for head in self.heads):
+                self.cls_layer_name = name
+                break
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        add_heads(peft_config, self.heads)
+        super().add_adapter(
+            adapter_name,
+            peft_config,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
+
+    def _run(self, inputs: dict[str, Any], task_ids: torch.Tensor | None, extra: dict[str, Any]) -> Any:
+        """The base model's output for these arguments, with the adapter or the prompt applied."""
+        if self._is_prompt_learning and not self._adapters_disabled:
+            return self.prompts.forward(self, inputs, task_ids=task_ids, extra=extra)
+        if _needs_task_ids(self):
+            extra["task_ids"] = task_ids
+        with self._enable_peft_forward_hooks(**extra):
+            return self.base_model(**inputs, **self._without_special(extra))
+
+
+def add_heads(config: PeftConfig, heads: tuple[str, ...]) -> None:
+    """Add the names of heads to `modules_to_save` of a configuration that has the option (in place), each once."""
+    if not heads or not hasattr(config, "modules_to_save"):
+        return
+    names = list(config.modules_to_save or ())
+    config.modules_to_save = names + [head for head in heads if head not in names]
+
+
+class PeftModelForSequenceClassification(_TaskModel):
+    """A `PeftModel` that classifies sequences; the classifier is trained in full."""
+
+    heads = ("classifier", "score")
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward; `input_ids` (batch, tokens), `labels` (batch,)."""
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": _resolved(self, return_dict),
+        }
+        return self._run(inputs, task_ids, kwargs)
+
+
+class PeftModelForTokenClassification(_TaskModel):
+    """A `PeftModel` that classifies tokens; the classifier is trained in full."""
+
+    heads = ("classifier", "score")
+
+    def __init__(
+        self, model: nn.Module, peft_config: PeftConfig | None = None, adapter_name: str = "default", **kwargs: Any
+    ) -> None:
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+
+    forward = PeftModelForSequenceClassification.forward
+
+
+class PeftModelForFeatureExtraction(_TaskModel):
+    """A `PeftModel` that gives hidden states."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward; `input_ids` (batch, tokens)."""
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": return_dict,
+        }
+        return self._run(inputs, task_ids, kwargs)
+
+
+class PeftModelForQuestionAnswering(_TaskModel):
+    """A `PeftModel` that marks answers in a text; the output layer is trained in full."""
+
+    heads = ("qa_outputs",)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward; `input_ids` (batch, tokens), positions (batch,)."""
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "start_positions": start_positions,
+            "end_positions": end_positions,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": _resolved(self, return_dict),
+        }
+        optional = {"token_type_ids": token_type_ids, "position_ids": position_ids}
+        inputs.update({name: value for name, value in optional.items() if value is not None})
+        return self._run(inputs, task_ids, kwargs)
+
+
+def _resolved(model: PeftModel, return_dict: bool | None) -> bool | None:
+    if return_dict is not None:
+        return return_dict
+    config = model.config
+    return config.get("return_dict") if isinstance(config, dict) else getattr(config, "return_dict", None)
+
+
+class _GeneratingModel(_TaskModel):
+    """What the classes that generate share."""
+
+    def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any) -> None:
+        if not hasattr(model, "prepare_inputs_for_generation"):
+            raise AttributeError(
+                f"A {type(model).__name__} cannot generate (it has no prepare_inputs_for_generation); leave task_type unset "
+                "for a model that is not to."
+            )
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+        self.base_model_prepare_inputs_for_generation = self.get_base_model().prepare_inputs_for_generation
+
+    @contextmanager
+    def _generation(self):
+        """Context in which the base model prepares its inputs through this class, prompt included."""
+        base = self.get_base_model()
+        had = base.__dict__.get("prepare_inputs_for_generation")
+        base.prepare_inputs_for_generation = self.prepare_inputs_for_generation
+        if hasattr(self, "generation_config"):
+            base.generation_config = self.generation_config
+        try:
+            yield base
+        finally:
+            if had is None:
+                del base.prepare_inputs_for_generation
+            else:
+                base.prepare_inputs_for_generation = had
+
+    def prepare_inputs_for_generation(
+        self, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The base model's inputs of the next step, with the prompt in them where there is one."""
+        inputs = self.base_model_prepare_inputs_for_generation(*args, **kwargs)
+        if self._is_prompt_learning and not self._adapters_disabled:
+            return self.prompts.prepare_inputs(self, inputs, task_ids=task_ids)
+        if _needs_task_ids(self):
+            inputs["task_ids"] = task_ids
+        return inputs
+
+
+class PeftModelForCausalLM(_GeneratingModel):
+    """A `PeftModel` that continues texts."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward; `input_ids` and `labels` (batch, tokens)."""
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": return_dict,
+        }
+        if not self._is_prompt_learning and getattr(self.base_model.config, "model_type", None) == "mpt":
+            if inputs.pop("inputs_embeds") is not None:
+                raise AssertionError("An mpt model takes input_ids, not inputs_embeds.")
+        return self._run(inputs, task_ids, kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Generate with the active adapters; arguments of the base model's generate, and `adapter_names`."""
+        with self._generation() as base, self._enable_peft_forward_hooks(*args, **kwargs):
+            return base.generate(*args, **self._without_special(kwargs))
+
+
+class PeftModelForSeq2SeqLM(_GeneratingModel):
+    """A `PeftModel` with an encoder and a decoder."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward; `input_ids` (batch, tokens), decoder ids and `labels` (batch, decoder tokens)."""
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": decoder_attention_mask,
+            "decoder_inputs_embeds": decoder_inputs_embeds,
+            "labels": labels,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": return_dict,
+        }
+        return self._run(inputs, task_ids, kwargs)
+
+    def generate(self, **kwargs: Any) -> torch.Tensor:
+        """Generate with the active adapters; arguments of the base model's generate, and `adapter_names`."""
+        if self._is_prompt_learning and not self._adapters_disabled:
+            with self._generation() as base:
+                return self.prompts.generate(self, base, kwargs)
+        with self._generation() as base, self._enable_peft_forward_hooks(**kwargs):
+            return base.generate(**self._without_special(kwargs))

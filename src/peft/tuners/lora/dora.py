@@ -1,0 +1,232 @@
+"""DoRA, weight-decomposed low-rank adaptation (arXiv 2402.09353).
+
+W' = m/‖V‖ ⊙ V with V = W + s·B·A and the norm per output feature, which counts as a constant in the gradient.
+
+The norm is found without forming V: ‖V‖² = ‖W‖² + 2s·⟨W·Aᵀ, B⟩ + s²·⟨B·(A·Aᵀ), B⟩ per row, where W does not change
+while training, so that only products with the rank as one side are left.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...utils.integrations import dequantize_module_weight
+
+ENABLE_DORA_CACHING = False
+"""Whether magnitude modules remember their norm in eval mode; see `peft.helpers.DoraCaching`."""
+
+
+def row_norms(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
+    """‖W + s·B·A‖ per row, without forming the sum.
+
+    Args:
+        weight: W, (out, in).
+        A: (r, in).
+        B: (out, r).
+        scaling: s.
+
+    Returns:
+        (out,), in float32 or the wider of the dtypes.
+    """
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, A.dtype), torch.float32)
+    weight, A, B = weight.to(dtype), A.to(dtype), B.to(dtype)
+    cross = (weight @ A.T * B).sum(1)
+    own = (B @ (A @ A.T) * B).sum(1)
+    squared = weight.square().sum(1) + 2 * scaling * cross + scaling**2 * own
+    return squared.clamp_min(0).sqrt()
+
+
+class DoraLinearLayer(nn.Module):
+    """Holds the magnitude m of one adapter, and computes norms for it.
+
+    Args:
+        fan_in_fan_out: whether the base layer stores its weight (in, out).
+    """
+
+    def __init__(self, fan_in_fan_out: bool) -> None:
+        super().__init__()
+        self.fan_in_fan_out = fan_in_fan_out
+        self._norm: torch.Tensor | None = None
+
+    def canonical(self, weight: torch.Tensor) -> torch.Tensor:
+        """The base weight as a matrix with one row per output feature."""
+        weight = weight.T if self.fan_in_fan_out else weight
+        return weight.flatten(1)
+
+    def norm_shape(self, weight: torch.Tensor) -> tuple[int, ...]:
+        """Shape in which the norms are kept."""
+        return (len(self.canonical(weight)),)
+
+    @torch.no_grad()
+    def get_weight_norm(
+        self, weight: torch.Tensor, lora_weight: torch.Tensor, scaling: float, adapter_name: str | None = None
+    ) -> torch.Tensor:
+        """‖W + s·BA‖ per output feature.
+
+        Args:
+            weight: the base weight in its own layout.
+            lora_weight: B·A, canonical.
+            scaling: s.
+            adapter_name: of no effect.
+        """
+        combined = self.canonical(weight) + scaling * lora_weight.to(weight).flatten(1)
+        return torch.linalg.vector_norm(combined, dim=1).view(self.norm_shape(weight)).to(combined.dtype)
+
+    def get_lora_weight(self, lora_A: nn.Module, lora_B: nn.Module, adapter_name: str | None = None) -> torch.Tensor:
+        """B·A, canonical."""
+        A, B = _factor(lora_A), _factor(lora_B)
+        return B.flatten(1) @ A.flatten(1)
+
+    @torch.no_grad()
+    def norm(self, weight: torch.Tensor, lora_A: Any, lora_B: Any, scaling: float) -> torch.Tensor:
+        """The same as `get_weight_norm` without forming B·A; remembered in eval mode if caching is switched on."""
+        caching = ENABLE_DORA_CACHING and not self.training
+        if caching and self._norm is not None:
+            return self._norm
+        norm = self.fresh_norm(weight, _factor(lora_A), _factor(lora_B), scaling)
+        self._norm = norm if caching else None
+        return norm
+
+    def fresh_norm(self, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
+        return row_norms(self.canonical(weight), A, B, scaling).view(self.norm_shape(weight))
+
+    def train(self, mode: bool = True) -> DoraLinearLayer:
+        self._norm = None
+        return super().train(mode)
+
+    def update_layer(
+        self, *, base_layer: nn.Module, lora_A: Any, lora_B: Any, scaling: float, place_on_cpu: bool = False
+    ) -> None:
+        """Start the magnitude as the norm of the weight with the adapter in it.
+
+        Args:
+            base_layer: the innermost base layer.
+            lora_A, lora_B: the factors as modules or tensors.
+            scaling: s.
+            place_on_cpu: where to put the magnitude, whatever computed it.
+        """
+        weight = dequantize_module_weight(base_layer)
+        A = _factor(lora_A)
+        if A.is_meta:
+            self.weight = nn.Parameter(torch.empty(self.norm_shape(weight), dtype=weight.dtype, device="meta"))
+            return
+        magnitude = self.norm(weight, lora_A, lora_B, scaling).to(_dtype_of(weight, A))
+        self.weight = nn.Parameter(magnitude.cpu() if place_on_cpu else magnitude)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        lora_A: nn.Module,
+        lora_B: nn.Module,
+        scaling: float,
+        base_layer: nn.Module,
+        base_result: torch.Tensor | None = None,
+        adapter_name: str = "default",
+    ) -> torch.Tensor:
+        """What the adapter adds to the output: (m/‖V‖ - 1)·W·x + m/‖V‖·s·B(A(x)).
+
+        Args:
+            x: the input, dropped out already.
+            lora_A, lora_B: the factors.
+            scaling: s.
+            base_layer: the base layer.
+            base_result: its output with bias, where x is the undropped input; W·x is computed otherwise.
+            adapter_name: of no effect.
+        """
+        weight = dequantize_module_weight(base_layer)
+        gain = self.weight / self.norm(weight, lora_A, lora_B, scaling).to(self.weight.dtype)
+        if base_result is None:
+            base_result = self.base_output(x, base_layer, weight.to(x.dtype))
+        elif getattr(base_layer, "bias", None) is not None:
+            base_result = base_result - base_layer.bias.to(base_result.dtype).view(self.bias_shape())
+        return (gain - 1) * base_result + gain * lora_B(lora_A(x)) * scaling
+
+    def bias_shape(self) -> tuple[int, ...]:
+        return (-1,)
+
+    def base_output(self, x: torch.Tensor, base_layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+        """W·x without bias."""
+        return nn.functional.linear(x, weight.T if self.fan_in_fan_out else weight)
+
+    def __repr__(self) -> str:
+        return f"lora.dora.{super().__repr__()}"
+
+
+def _factor(factor: Any) -> torch.Tensor:
+    return factor if torch.is_tensor(factor) else factor.weight
+
+
+def _dtype_of(weight: torch.Tensor, A: torch.Tensor) -> torch.dtype:
+    return A.dtype if A.is_floating_point() else weight.dtype
+
+
+class DoraEmbeddingLayer(DoraLinearLayer):
+    """The magnitude of an embedding's adapter, one value per column of the table."""
+
+    def canonical(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.T
+
+    def get_lora_weight(self, lora_A: Any, lora_B: Any, adapter_name: str | None = None) -> torch.Tensor:
+        return _factor(lora_B) @ _factor(lora_A)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        scaling: float,
+        base_layer: nn.Module,
+        embed_fn: Any,
+        adapter_name: str = "default",
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gain m/‖V‖, and what the adapter adds: gain·s·embed(x, Aᵀ)·Bᵀ.
+
+        Args:
+            x: ids.
+            lora_A: A, (r, entries).
+            lora_B: B, (width, r).
+            scaling: s.
+            base_layer: the embedding.
+            embed_fn: looks ids up in a table as the base layer does.
+            adapter_name: of no effect.
+        """
+        weight = dequantize_module_weight(base_layer)
+        gain = self.weight / self.norm(weight, lora_A, lora_B, scaling).to(self.weight.dtype)
+        return gain, gain * (embed_fn(x, lora_A.T) @ lora_B.T) * scaling
+
+
+class _DoraConvNdLayer(DoraLinearLayer):
+    """The magnitude of a convolution's adapter, shaped to scale its channels."""
+
+    def norm_shape(self, weight: torch.Tensor) -> tuple[int, ...]:
+        return (1, len(weight), *[1] * (weight.dim() - 2))
+
+    def bias_shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    def fresh_norm(self, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
+        A, B = A.flatten(1), B.flatten(1)
+        if A.shape[1] == weight[0].numel():
+            return super().fresh_norm(weight, A, B, scaling)
+        # With groups the product has not the weight's shape; files were trained with it read row by row.
+        return self.get_weight_norm(weight, (B.reshape(-1, len(A)) @ A).view_as(weight), scaling)
+
+    def base_output(self, x: torch.Tensor, base_layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+        return base_layer._conv_forward(x, weight, None)
+
+
+class DoraConv1dLayer(_DoraConvNdLayer):
+    """The magnitude of a Conv1d's adapter."""
+
+
+class DoraConv2dLayer(_DoraConvNdLayer):
+    """The magnitude of a Conv2d's adapter."""
+
+
+class DoraConv3dLayer(_DoraConvNdLayer):
+    """The magnitude of a Conv3d's adapter."""

@@ -1,0 +1,146 @@
+"""The LoRA tuner (arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ...engine.layer import AdapterLayer, BaseTunerLayer
+from ...engine.matching import get_pattern_key, is_suffix
+from ...engine.replication import replicate_layers
+from ...engine.tuner import BaseTuner
+from ...engine.tying import input_embedding_name, save_tied_copies
+from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from .config import MUTATES_BASE, LoraConfig
+from .layer import LAYER_CLASSES, Embedding, LoraLayer, ParamWrapper, dispatch_default
+
+STATE_SPACE_MODELS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+"""Model types whose kernels read the weights of `out_proj` and `conv1d` without calling these modules."""
+
+
+class LoraModel(BaseTuner):
+    """Adapts a model by low-rank updates of its weights.
+
+    Args:
+        model: the model to adapt.
+        config: a `LoraConfig`, or configurations by adapter name.
+        adapter_name: the adapter to inject.
+        low_cpu_mem_usage: make its parameters on the meta device.
+    """
+
+    prefix: ClassVar[str] = "lora_"
+    tuner_layer_cls = LoraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    layer_classes: ClassVar[dict[str, type[AdapterLayer]]] = LAYER_CLASSES
+    unsupported_error = ValueError
+
+    @staticmethod
+    def changes_base_at_start(config: LoraConfig) -> bool:
+        """Whether the adapter's start takes something out of the base weight, so that loading must run it again."""
+        return isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(MUTATES_BASE)
+
+    def layer_options(self, config: LoraConfig, adapter_name: str, key: str, target: nn.Module) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "r": config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r),
+            "lora_alpha": config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, key), config.lora_alpha),
+            "target_name": key,
+            "ephemeral_gpu_offload": config.runtime_config.ephemeral_gpu_offload,
+        }
+        if key in (getattr(config, "target_modules_to_tie", None) or ()):
+            options["tied_adapter"] = self._tied_factors(adapter_name)
+        return options
+
+    def _tied_factors(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """The factors of a head that is tied to the embedding: the embedding's, swapped and transposed."""
+        embedding = self.model.get_input_embeddings()
+        if not isinstance(embedding, Embedding):
+            raise ValueError("ensure_weight_tying needs the input embedding to be adapted as well; add it to target_modules.")
+        return {
+            "lora_A": embedding.lora_embedding_B[adapter_name].data.T,
+            "lora_B": embedding.lora_embedding_A[adapter_name].data.T,
+        }
+
+    def _create_and_replace(
+        self,
+        lora_config: LoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        if parameter_name is None:
+            super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key)
+            return
+        options = self.layer_options(lora_config, adapter_name, f"{current_key}.{parameter_name}", target)
+        wrapper: Any = target
+        while isinstance(wrapper, ParamWrapper):
+            if wrapper.parameter_name == parameter_name:
+                wrapper.update_layer(adapter_name, config=lora_config, **options)
+                return
+            wrapper = wrapper.base_layer
+        if isinstance(target, ParamWrapper) and set(target.lora_A) - {adapter_name}:
+            raise ValueError(
+                f"The adapters {sorted(set(target.lora_A) - {adapter_name})} adapt other parameters of {current_key!r}; "
+                f"all adapters must have the same target_parameters, but {adapter_name!r} adds {parameter_name!r}."
+            )
+        layer = ParamWrapper(target, adapter_name, parameter_name=parameter_name, config=lora_config, **options)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _create_new_module(self, lora_config: LoraConfig, adapter_name: str, target: nn.Module, **options: Any) -> nn.Module:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        for base_cls, layer_cls in (lora_config._custom_modules or {}).items():
+            if isinstance(base, base_cls):
+                return layer_cls(target, adapter_name, config=lora_config, **options)
+        return super()._create_new_module(lora_config, adapter_name, target, **options)
+
+    def _prepare_model(self, peft_config: LoraConfig, model: nn.Module) -> None:
+        if peft_config.layer_replication:
+            replicate_layers(model, peft_config.layer_replication)
+
+    def _check_new_adapter_config(self, config: LoraConfig) -> None:
+        super()._check_new_adapter_config(config)
+        others = [other for other in self.peft_config.values() if other is not config]
+        wanted = set(config.target_parameters or ())
+        if any(set(getattr(other, "target_parameters", None) or ()) != wanted for other in others):
+            if wanted or any(getattr(other, "target_parameters", None) for other in others):
+                raise ValueError(
+                    f"All adapters of a model must have the same target_parameters, got {sorted(wanted)} beside "
+                    f"{[sorted(getattr(other, 'target_parameters', None) or ()) for other in others]}."
+                )
+
+    def _check_target_module_compatiblity(self, peft_config: LoraConfig, model: nn.Module, target_name: str) -> None:
+        model_type = self.get_model_config(model).get("model_type")
+        leaf = target_name.rsplit(".", 1)[-1]
+        if model_type in STATE_SPACE_MODELS and leaf in ("out_proj", "conv1d"):
+            raise ValueError(
+                f"{target_name!r} of a {model_type} model cannot be adapted: its kernels read the weight without calling "
+                "the module. Leave it out of target_modules."
+            )
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        if getattr(self.model, "quantization_method", None) == "gptq":
+            raise ValueError("LoRA cannot be merged into a GPTQ-quantised model.")
+
+    def _add_modules_to_save_to_tie(self, peft_config: LoraConfig, tied_weight_keys: list[str]) -> None:
+        save_tied_copies(peft_config, tied_weight_keys, input_embedding_name(self.model))
+
+    def _add_targets_to_tie(self, peft_config: LoraConfig, tied_weight_keys: list[str]) -> None:
+        """Target the embedding, and let what is tied to it share its factors."""
+        embedding = input_embedding_name(self.model)
+        targets = peft_config.target_modules
+        if isinstance(targets, str):
+            peft_config.target_modules = f"(?:{targets})|{re.escape(embedding)}"
+        else:
+            kept = {entry for entry in targets if not any(is_suffix(name, entry) for name in tied_weight_keys)}
+            peft_config.target_modules = kept | {embedding}
+        peft_config.target_modules_to_tie = tied_weight_keys
+
+
+__all__ = ["LoraModel", "dispatch_default"]

@@ -1,0 +1,26 @@
+"""The errors that are more than a plain built-in one.
+
+Each derives from every built-in class that callers may catch already, so that a clearer error breaks no `except`.
+"""
+
+from __future__ import annotations
+
+
+class PeftError(Exception):
+    """Base of the errors that this library defines."""
+
+    def __str__(self) -> str:
+        # KeyError, which some subclasses also are, would show its message quoted and escaped.
+        return Exception.__str__(self)
+
+
+class NoMatchingPeftModuleError(PeftError, ValueError):
+    """The configuration selects no module of the model."""
+
+
+class ConfigFileError(PeftError, ValueError, KeyError, TypeError):
+    """An `adapter_config.json` cannot be used; the message names the file and, where there is one, the field."""
+
+
+class SaveLocationError(PeftError, ValueError, AssertionError):
+    """A folder was asked for and something else is there."""
