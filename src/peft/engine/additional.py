@@ -95,6 +95,9 @@ class Wrapping:
 
     def _report_missing(self, entry: str, strict: bool) -> None:
         names = [name for name, _ in self.model.named_modules() if name]
+        if any(is_suffix(name, entry) for name in names):
+            warnings.warn(f"modules_to_save: {entry!r} is inside another module that is saved as a whole, and part of it.")
+            return
         near = near_misses(entry, names) or near_misses(entry, {name.rsplit(".", 1)[-1] for name in names})
         hint = f" Nearest: {', '.join(near)}." if near else ""
         message = f"No module of the model is called {entry!r} (adapter {self.adapter_name!r}).{hint}"
