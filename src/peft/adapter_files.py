@@ -123,7 +123,7 @@ class AdapterFiles:
         """Save a configuration for inference; the live one keeps its mode and learns the base model's name."""
         base = self.model.get_base_model()
         if live.base_model_name_or_path is None:
-            live.base_model_name_or_path = base.__dict__.get("name_or_path")
+            live.base_model_name_or_path = base.__dict__.get("name_or_path") or None
             config.base_model_name_or_path = live.base_model_name_or_path
         mapping = None
         if config.task_type is None:
@@ -285,8 +285,7 @@ def _may_defer(config: PeftConfig) -> bool:
 
 
 def _unwrap(model: PeftModel, trainable: list[nn.Parameter]) -> None:
-    if not model._is_prompt_learning:
-        model.base_model.unload()
+    (model.prompts if model._is_prompt_learning else model.base_model).unload()
     for parameter in trainable:
         parameter.requires_grad_(True)
 

@@ -16,7 +16,7 @@ from .adapter_files import AdapterFiles, split_hub_kwargs
 from .config import PeftConfig
 from .engine.checkpoint import get_peft_model_state_dict, load_adapter_state, load_peft_weights, set_peft_model_state_dict
 from .engine.layer import BaseTunerLayer, deferred_parameters
-from .engine.lifecycle import AdapterHolder, holders_of
+from .engine.lifecycle import AdapterHolder, as_names, holders_of
 from .engine.loading import finish_loading
 from .engine.status import (
     TunerLayerStatus,
@@ -27,6 +27,7 @@ from .engine.status import (
 )
 from .engine.tuner import BaseTuner, cast_adapter_dtype
 from .engine.undo import Undo
+from .prompt_learning import PromptLearning
 from .utils.constants import DUMMY_MODEL_CONFIG, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .utils.naming import check_adapter_name, did_you_mean
 from .utils.peft_types import PeftType, TaskType
@@ -75,11 +76,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         self._adapters_disabled = False
         self._peft_config: dict[str, PeftConfig] | None = None
         if self._is_prompt_learning:
-            from .prompt_learning import PromptLearning  # lazy: only prompt learning needs it
-
             self._peft_config = {}
             self.base_model = model
-            self.prompts = PromptLearning()
             self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage)
         else:
             tuner_cls = method(peft_config.peft_type).model_cls
@@ -107,6 +105,11 @@ class PeftModel(PushToHubMixin, nn.Module):
     # ------------------------------------------------------------------------------------------------------ what it holds
 
     @property
+    def prompts(self) -> PromptLearning:
+        """What prompt learning does with this model."""
+        return PromptLearning(self)
+
+    @property
     def peft_config(self) -> dict[str, PeftConfig]:
         return self._peft_config if self._is_prompt_learning else self.base_model.peft_config
 
@@ -120,7 +123,7 @@ class PeftModel(PushToHubMixin, nn.Module):
     @property
     def active_adapters(self) -> list[str]:
         names = getattr(self.base_model, "active_adapters", None)
-        return names if isinstance(names, list) else [self.active_adapter]
+        return names if isinstance(names, list) else as_names(self.active_adapter)
 
     @property
     def active_peft_config(self) -> PeftConfig:
@@ -211,7 +214,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             undo.push(self.peft_config.pop, adapter_name, None)
             self.peft_config[adapter_name] = peft_config
             if self._is_prompt_learning:
-                self.prompts.add(self, adapter_name, peft_config, undo)
+                self.prompts.add(adapter_name, peft_config, undo)
             else:
                 with deferred_parameters(low_cpu_mem_usage):
                     self.base_model.inject_adapter(
@@ -232,7 +235,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         """
         self._config_of(adapter_name)
         if self._is_prompt_learning:
-            self.prompts.activate(self, adapter_name, inference_mode)
+            self.prompts.activate(adapter_name, inference_mode)
         else:
             self.base_model.set_adapter(adapter_name, inference_mode)
         self.active_adapter = adapter_name
@@ -245,7 +248,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         """
         self._config_of(adapter_name)
         if self._is_prompt_learning:
-            self.prompts.delete(self, adapter_name)
+            self.prompts.delete(adapter_name)
             return
         self.base_model.delete_adapter(adapter_name)
         if len(self.base_model.active_adapters) == 1:
@@ -265,7 +268,7 @@ class PeftModel(PushToHubMixin, nn.Module):
     def disable_adapter(self) -> Iterator[None]:
         """Context in which the base model is used alone; the state before is restored, also after an exception."""
         if self._is_prompt_learning:
-            with self.prompts.disabled(self):
+            with self.prompts.disabled():
                 yield
             return
         was_disabled, self._adapters_disabled = self._adapters_disabled, True
@@ -314,19 +317,19 @@ class PeftModel(PushToHubMixin, nn.Module):
         self, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None
     ) -> Any:
         """The active prompt for a batch: embeddings (batch, tokens, width), or a cache of keys and values."""
-        return self.prompts.prompt(self, batch_size, task_ids=task_ids, max_cache_len=max_cache_len)
+        return self.prompts.prompt(batch_size, task_ids=task_ids, max_cache_len=max_cache_len)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
         """The prompt of an adapter as it is saved: (tokens, width), on the CPU."""
-        return self.prompts.embedding_to_save(self, adapter_name)
+        return self.prompts.embedding_to_save(adapter_name)
 
     def prompt_encoder_state(self, adapter_name: str, state_dict: dict[str, Any] | None) -> dict[str, torch.Tensor]:
         """A prompt's tensors by their names on disk."""
-        return self.prompts.state(self, adapter_name, state_dict)
+        return self.prompts.state(adapter_name, state_dict)
 
     def load_prompt_encoder_state(self, adapter_name: str, state: dict[str, torch.Tensor], **options: Any) -> Any:
         """Load a prompt's tensors."""
-        return self.prompts.load_state(self, adapter_name, state, **options)
+        return self.prompts.load_state(adapter_name, state, **options)
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
         """Let gradients reach the adapters through checkpointed segments whose own inputs need none."""

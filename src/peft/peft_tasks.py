@@ -1,10 +1,13 @@
 """`PeftModel` by task: the forward signatures that trainers look at, and the heads that are trained in full.
 
-With a tuner, every class hands its arguments to the base model. With prompt learning, `self.prompts` puts the prompt in.
+With a tuner, every class hands its arguments to the base model. With prompt learning, `PromptInputs` puts the prompt in.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -13,6 +16,7 @@ from torch import nn
 
 from .config import PeftConfig
 from .peft_model import PeftModel
+from .prompt_inputs import PromptInputs
 
 
 def _needs_task_ids(model: PeftModel) -> bool:
@@ -32,6 +36,12 @@ class _TaskModel(PeftModel):
 
     heads: ClassVar[tuple[str, ...]] = ()
     """Names that the output layer of such a model goes by; it is trained in full and saved with the adapter."""
+    has_two_stacks: ClassVar[bool] = False
+    """Whether the model has an encoder and a decoder with inputs of their own."""
+    labels_are_per_token: ClassVar[bool] = False
+    """Whether each token of the input has a label."""
+    has_token_types: ClassVar[bool] = False
+    """Whether tokens of the input may be of several types, as of two texts that are compared."""
 
     def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any) -> None:
         add_heads(peft_config, self.heads)
@@ -59,10 +69,14 @@ class _TaskModel(PeftModel):
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
 
+    @property
+    def _uses_prompt(self) -> bool:
+        return self._is_prompt_learning and self.prompts.in_use
+
     def _run(self, inputs: dict[str, Any], task_ids: torch.Tensor | None, extra: dict[str, Any]) -> Any:
         """The base model's output for these arguments, with the adapter or the prompt applied."""
-        if self._is_prompt_learning and not self._adapters_disabled:
-            return self.prompts.forward(self, inputs, task_ids=task_ids, extra=extra)
+        if self._uses_prompt:
+            return PromptInputs(self).forward(inputs, task_ids, self._without_special(extra))
         if _needs_task_ids(self):
             extra["task_ids"] = task_ids
         with self._enable_peft_forward_hooks(**extra):
@@ -81,6 +95,7 @@ class PeftModelForSequenceClassification(_TaskModel):
     """A `PeftModel` that classifies sequences; the classifier is trained in full."""
 
     heads = ("classifier", "score")
+    has_token_types = True
 
     def forward(
         self,
@@ -111,6 +126,8 @@ class PeftModelForTokenClassification(_TaskModel):
     """A `PeftModel` that classifies tokens; the classifier is trained in full."""
 
     heads = ("classifier", "score")
+    has_token_types = True
+    labels_are_per_token = True
 
     def __init__(
         self, model: nn.Module, peft_config: PeftConfig | None = None, adapter_name: str = "default", **kwargs: Any
@@ -150,6 +167,7 @@ class PeftModelForQuestionAnswering(_TaskModel):
     """A `PeftModel` that marks answers in a text; the output layer is trained in full."""
 
     heads = ("qa_outputs",)
+    has_token_types = True
 
     def forward(
         self,
@@ -202,35 +220,77 @@ class _GeneratingModel(_TaskModel):
         self.base_model_prepare_inputs_for_generation = self.get_base_model().prepare_inputs_for_generation
 
     @contextmanager
-    def _generation(self):
+    def _generation(self) -> Iterator[nn.Module]:
         """Context in which the base model prepares its inputs through this class, prompt included."""
         base = self.get_base_model()
-        had = base.__dict__.get("prepare_inputs_for_generation")
-        base.prepare_inputs_for_generation = self.prepare_inputs_for_generation
         if hasattr(self, "generation_config"):
             base.generation_config = self.generation_config
-        try:
-            yield base
-        finally:
-            if had is None:
-                del base.prepare_inputs_for_generation
-            else:
-                base.prepare_inputs_for_generation = had
+        prepare = _announced_as(self.prepare_inputs_for_generation, base.prepare_inputs_for_generation)
+        with _replaced(base, "prepare_inputs_for_generation", prepare):
+            if not self._uses_prompt:
+                yield base
+                return
+            room = _with_room(base._prepare_cache_for_generation, PromptInputs(self).cached_tokens)
+            with _replaced(base, "_prepare_cache_for_generation", room):
+                yield base
 
     def prepare_inputs_for_generation(
         self, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """The base model's inputs of the next step, with the prompt in them where there is one."""
-        inputs = self.base_model_prepare_inputs_for_generation(*args, **kwargs)
-        if self._is_prompt_learning and not self._adapters_disabled:
-            return self.prompts.prepare_inputs(self, inputs, task_ids=task_ids)
+        prepare = self.base_model_prepare_inputs_for_generation
+        if self._uses_prompt:
+            input_ids = kwargs.pop("input_ids") if "input_ids" in kwargs else args[0]
+            return PromptInputs(self).step(prepare, input_ids, kwargs, task_ids)
+        inputs = prepare(*args, **kwargs)
         if _needs_task_ids(self):
             inputs["task_ids"] = task_ids
         return inputs
 
 
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Context in which an object has another attribute than its class says."""
+    before = owner.__dict__.get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+def _announced_as(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of ours with the signature of what it replaces: `generate` asks it which arguments it may pass on."""
+
+    @functools.wraps(ours)
+    def prepare(*args: Any, **kwargs: Any) -> Any:
+        return ours(*args, **kwargs)
+
+    signature = inspect.signature(theirs)
+    own = inspect.Parameter("task_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
+    parameters = [p for p in signature.parameters.values() if p.name != own.name]
+    at = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
+    prepare.__signature__ = signature.replace(parameters=[*parameters[:at], own, *parameters[at:]])
+    return prepare
+
+
+def _with_room(prepare_cache: Callable[..., Any], tokens: int) -> Callable[..., Any]:
+    """The making of a generation's cache, with room for that many tokens more in one of fixed size."""
+
+    @functools.wraps(prepare_cache)
+    def prepare(config: Any, kwargs: Any, mode: Any, batch_size: int, max_cache_length: int) -> Any:
+        return prepare_cache(config, kwargs, mode, batch_size, max_cache_length + tokens)
+
+    return prepare
+
+
 class PeftModelForCausalLM(_GeneratingModel):
     """A `PeftModel` that continues texts."""
+
+    labels_are_per_token = True
 
     def forward(
         self,
@@ -261,12 +321,16 @@ class PeftModelForCausalLM(_GeneratingModel):
 
     def generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Generate with the active adapters; arguments of the base model's generate, and `adapter_names`."""
+        if self._uses_prompt:
+            kwargs = PromptInputs(self).generation_arguments(kwargs)
         with self._generation() as base, self._enable_peft_forward_hooks(*args, **kwargs):
             return base.generate(*args, **self._without_special(kwargs))
 
 
 class PeftModelForSeq2SeqLM(_GeneratingModel):
     """A `PeftModel` with an encoder and a decoder."""
+
+    has_two_stacks = True
 
     def forward(
         self,
@@ -300,8 +364,7 @@ class PeftModelForSeq2SeqLM(_GeneratingModel):
 
     def generate(self, **kwargs: Any) -> torch.Tensor:
         """Generate with the active adapters; arguments of the base model's generate, and `adapter_names`."""
-        if self._is_prompt_learning and not self._adapters_disabled:
-            with self._generation() as base:
-                return self.prompts.generate(self, base, kwargs)
+        if self._uses_prompt:
+            kwargs = PromptInputs(self).generation_arguments(kwargs)
         with self._generation() as base, self._enable_peft_forward_hooks(**kwargs):
             return base.generate(**self._without_special(kwargs))

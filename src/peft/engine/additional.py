@@ -24,7 +24,7 @@ def set_additional_trainable_modules(
     activate_adapter: bool = True,
     roster: Roster | None = None,
     undo: Undo | None = None,
-) -> None:
+) -> list[AdapterHolder]:
     """Wrap what a configuration wants trained beside the tuner.
 
     Args:
@@ -35,6 +35,9 @@ def set_additional_trainable_modules(
         activate_adapter: whether the adapter is the active one.
         roster: what the model's holders share; found by default.
         undo: where to leave word how to take changes back.
+
+    Returns:
+        The new wrappers, and the token layers inside them.
 
     Raises:
         ValueError: an entry cannot be combined with another, or names nothing where something is needed.
@@ -50,6 +53,7 @@ def set_additional_trainable_modules(
     indices = getattr(peft_config, "trainable_token_indices", None)
     if indices is not None:
         _wrap_tokens(wrap, model, peft_config, indices)
+    return wrap.made
 
 
 class Wrapping:
@@ -62,6 +66,7 @@ class Wrapping:
         self.inference_mode = bool(getattr(config, "inference_mode", False))
         self.activate = activate
         self.peer = next((holder for _, holder in holders_of(model)), None)
+        self.made: list[AdapterHolder] = []
 
     def matches(self, entry: str) -> list[str]:
         """Names of the modules that an entry means: whole dotted suffixes, nothing inside a holder or a match."""
@@ -132,6 +137,7 @@ class Wrapping:
     def _take_state(self, wrapper: AuxiliaryTrainingWrapper, name: str) -> None:
         wrapper.join_roster(self.roster, name)
         core: AdapterHolder = getattr(wrapper, "token_adapter", wrapper)
+        self.made += [wrapper] if core is wrapper else [wrapper, core]
         if self.peer is not None and self.peer is not wrapper:
             core._active_adapter = list(self.peer.active_adapters)
             core._disable_adapters = self.peer.disable_adapters

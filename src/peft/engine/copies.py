@@ -17,7 +17,7 @@ from .layer import BaseTunerLayer, check_adapters_to_merge
 from .lifecycle import set_trains
 
 BATCHED_KINDS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""Modules that treat the rows of a batch separately, so that a mixed batch can be split."""
+"""Modules that are known to treat the rows of a batch separately."""
 
 
 class ModuleCopies(BaseTunerLayer):
@@ -44,27 +44,25 @@ class ModuleCopies(BaseTunerLayer):
         plan = self.plan
         return self.copies[plan[0]] if plan else self.original()
 
-    def add_copy(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Give an adapter its copy, equal to the original and in its own storage; an existing copy stays."""
+    def add_copy(self, adapter_name: str, inference_mode: bool = False, source: nn.Module | None = None) -> None:
+        """Give an adapter its copy, equal to the original and in its own storage; an existing copy stays.
+
+        Args:
+            adapter_name: the adapter.
+            inference_mode: use the copy, but do not train it.
+            source: the module to copy instead of the original.
+        """
         if adapter_name not in self.copies:
             if self.merged_adapters:
                 warnings.warn(f"{self._label}: {self.merged_adapters} are unmerged before a new copy is made.")
                 self.unmerge()
-            self.copies[adapter_name] = self._make_copy()
+            self.copies[adapter_name] = _copy_of(self.original() if source is None else source)
         for parameter in self.original().parameters():
             set_trains(parameter, False)
         if inference_mode:
             self._inference |= {adapter_name}
         self.roster.join(adapter_name, self._label, self.exclusive)
         self.refresh()
-
-    def _make_copy(self) -> nn.Module:
-        original = self.original()
-        sharded = [p for p in original.parameters() if p.numel() == 0 and hasattr(p, "ds_numel")]
-        with gather_params_ctx(sharded):
-            duplicate = copy.deepcopy(original)
-        _renew_hook(original, duplicate)
-        return duplicate
 
     # ---------------------------------------------------------------------------------------------------------- forward
 
@@ -92,9 +90,13 @@ class ModuleCopies(BaseTunerLayer):
                 f"{len(adapter_names)} names for {len(x)} rows."
             )
 
+    def splits_rows(self, original: nn.Module) -> bool:
+        """Whether the module is known to treat the rows of a batch separately, so that a mixed batch can be split."""
+        return isinstance(original, BATCHED_KINDS)
+
     def _mixed_batch_forward(self, input: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Any:
         original = self.original()
-        if not isinstance(original, BATCHED_KINDS):
+        if not self.splits_rows(original):
             raise TypeError(
                 f"{self._label}: a mixed batch needs a module that treats its rows separately "
                 f"({', '.join(cls.__name__ for cls in BATCHED_KINDS)}), not {type(original).__name__}."
@@ -169,6 +171,14 @@ class ModuleCopies(BaseTunerLayer):
             self.merge(safe_merge=True, adapter_names=[chosen])
             self.unmerge()
         return self.copies[chosen]
+
+
+def _copy_of(original: nn.Module) -> nn.Module:
+    sharded = [p for p in original.parameters() if p.numel() == 0 and hasattr(p, "ds_numel")]
+    with gather_params_ctx(sharded):
+        duplicate = copy.deepcopy(original)
+    _renew_hook(original, duplicate)
+    return duplicate
 
 
 def _slots(module: nn.Module):

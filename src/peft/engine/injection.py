@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +16,7 @@ from ..utils.constants import DUMMY_MODEL_CONFIG, DUMMY_TARGET_MODULES
 from ..utils.error import NoMatchingPeftModuleError
 from .additional import set_additional_trainable_modules
 from .layer import deferred_parameters
-from .lifecycle import AdapterHolder, Roster, holders_of, roster_of, set_trains
+from .lifecycle import AdapterHolder, Roster, holders_of, set_trains
 from .matching import (
     EXCLUDED,
     TargetMatcher,
@@ -74,6 +76,7 @@ class Injection:
         self.unmatched: list[str] = []
         self.matched: list[str] = []
         self.parameters: list[str] = []
+        self.placed: dict[str, AdapterHolder] = {}
 
     def run(self) -> None:
         """Do it.
@@ -94,20 +97,19 @@ class Injection:
                 "target_parameters cannot be combined with a state_dict: the keys of a file do not say which of a "
                 "module's parameters they belong to."
             )
-        with Undo() as undo:
-            roster = roster_of(self.model)
-            first = not roster.holders and next(holders_of(self.model), None) is None
-            if first:
-                self._freeze_base(undo)
+        with Undo() as undo, collection_paused():
             before = dict(holders_of(self.model))
+            roster = next(iter(before.values())).roster if before else Roster()
+            if not before:
+                self._freeze_base(undo)
             with deferred_parameters(self.low_cpu_mem_usage):
                 self._place(undo)
             self._check_outcome()
             self._join(before, roster, undo)
-            set_additional_trainable_modules(
+            wrappers = set_additional_trainable_modules(
                 self.model, config, model_config, self.adapter_name, roster=roster, undo=undo
             )
-            self._activate(before, roster)
+            self._activate(before, wrappers, roster)
         self._report()
 
     # ------------------------------------------------------------------------------------------------------ before placing
@@ -146,7 +148,6 @@ class Injection:
             maybe_condense(config, modules)
         check = self._checker()
         tied = set(getattr(config, "target_modules_to_tie", None) or ())
-        later: list[str] = []
         inside = ""
         for key, module in modules.items():
             if not key or (inside and key.startswith(inside)):
@@ -161,11 +162,9 @@ class Injection:
             else:
                 inside = f"{key}."
                 self.matched.append(key)
-                if key in tied:
-                    later.append(key)  # needs the adapter of the embedding that it shares
-                else:
-                    self._place_one(key, modules, undo)
-        for key in later:
+        self.tuner._prepare_shared_state(config, self.adapter_name, {key: modules[key] for key in self.matched}, undo)
+        # A tied module comes last: it needs the adapter of the embedding that it shares.
+        for key in sorted(self.matched, key=tied.__contains__):
             self._place_one(key, modules, undo)
         if getattr(config, "target_parameters", None):
             self._place_parameters(undo)
@@ -210,9 +209,18 @@ class Injection:
         self.tuner._create_and_replace(
             self.config, self.adapter_name, target, name, parent, current_key=key, **extra
         )
-        placed = getattr(parent, name)
-        if isinstance(placed, AdapterHolder) and placed._label == "":
-            placed._label = key
+        self._note_placed(key, getattr(parent, name))
+
+    def _note_placed(self, key: str, placed: nn.Module) -> None:
+        """Remember a new layer, and the layers that it holds itself."""
+        if not isinstance(placed, AdapterHolder):
+            return
+        placed._label = placed._label or key
+        self.placed[key] = placed
+        inner = placed.base_layer
+        if inner._modules:
+            for name, holder in holders_of(inner):
+                self.placed[f"{key}.base_layer.{name}".rstrip(".")] = holder
 
     def _guard(self, parent: nn.Module, name: str, target: nn.Module, undo: Undo) -> None:
         undo.push(setattr, parent, name, target)
@@ -321,14 +329,15 @@ class Injection:
         undo.push(_forget, roster, dict(roster.holders), set(roster.exclusive))
         known = set(map(id, before.values()))
         peer = next(iter(before.values()), None)
-        for name, holder in holders_of(self.model):
+        for name, holder in self.placed.items():
+            holder.join_roster(roster, name)
             if id(holder) not in known:
-                holder.join_roster(roster, name)
                 adopt(holder, peer, self.adapter_name)
-            elif holder._roster is not roster or not holder._label:
+        for name, holder in before.items():
+            if holder._roster is not roster:
                 holder.join_roster(roster, holder._label or name)
 
-    def _activate(self, before: dict[str, AdapterHolder], roster: Roster) -> None:
+    def _activate(self, before: dict[str, AdapterHolder], wrappers: list[AdapterHolder], roster: Roster) -> None:
         """Make the active adapters of the tuner active everywhere; an inactive new one is frozen."""
         tuner, name = self.tuner, self.adapter_name
         bias = getattr(self.config, "bias", "none")
@@ -336,7 +345,8 @@ class Injection:
         if active:
             # A re-injected or first adapter: the whole model follows the tuner.
             roster.check(tuner.active_adapters, extra=tuner.peft_config)
-        for _, holder in holders_of(self.model):
+        everyone = {id(holder): holder for holder in [*before.values(), *self.placed.values(), *wrappers]}
+        for holder in everyone.values():
             if bias != "none" and name in holder._get_available_adapters() and isinstance(holder, tuner.tuner_layer_cls):
                 holder._trains_bias_of |= {name}
             if active:
@@ -349,6 +359,18 @@ class Injection:
             from .tuner import refresh_biases  # at run time: tuner imports this module
 
             refresh_biases(self.model, tuner.peft_config, tuner.active_adapters, not self.config.inference_mode)
+
+
+@contextmanager
+def collection_paused() -> Iterator[None]:
+    """Context without garbage collection: thousands of new modules make it go through the whole model again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def adopt(holder: AdapterHolder, peer: AdapterHolder | None, adapter_name: str) -> None:

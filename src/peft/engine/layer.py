@@ -10,7 +10,6 @@ Weights are canonical in these (see `kinds`). The engine does the rest.
 from __future__ import annotations
 
 import warnings
-from abc import ABC
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -41,7 +40,7 @@ def deferred_parameters(active: bool = True) -> Iterator[None]:
         DEFERRED.reset(token)
 
 
-class BaseTunerLayer(AdapterHolder, ABC):
+class BaseTunerLayer(AdapterHolder):
     """A module that holds adapters around `base_layer`; the protocol that client libraries know.
 
     A mixin, to be combined with `nn.Module`.
@@ -52,8 +51,8 @@ class BaseTunerLayer(AdapterHolder, ABC):
 
     def get_base_layer(self) -> nn.Module:
         """The innermost wrapped module."""
-        layer = self
-        while hasattr(layer, "base_layer"):
+        layer = self.base_layer
+        while isinstance(layer, BaseTunerLayer):
             layer = layer.base_layer
         return layer
 
@@ -125,8 +124,8 @@ class BaseTunerLayer(AdapterHolder, ABC):
         if device is None or device.type == "meta":
             return
         for attribute in self.adapter_layer_names + self.other_param_names:
-            container = getattr(self, attribute, None)
-            if isinstance(container, nn.Module) and adapter_name in container:
+            container = self._modules.get(attribute)
+            if container is not None and adapter_name in container:
                 _move_entry(container, adapter_name, device, dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -137,21 +136,23 @@ class BaseTunerLayer(AdapterHolder, ABC):
 
 def _move_entry(container: nn.Module, name: str, device: torch.device, dtype: torch.dtype | None) -> None:
     entry = container[name]
-    tensors = list(entry.parameters()) + list(entry.buffers()) if isinstance(entry, nn.Module) else [entry]
 
     def moved(tensor: torch.Tensor) -> torch.Tensor:
         # A tensor without storage takes on the dtype only; loading decides where it goes.
         wanted = dtype if tensor.is_floating_point() or tensor.is_complex() else None
         return tensor.to("meta" if tensor.is_meta else device, wanted)
 
-    if all(moved(tensor) is tensor for tensor in tensors):
-        return
     if isinstance(entry, nn.Module):
-        entry._apply(moved)
-    elif isinstance(entry, nn.Parameter):
-        container[name] = nn.Parameter(moved(entry.data), requires_grad=entry.requires_grad)
-    else:
-        container[name] = moved(entry)
+        if not all(_is_there(tensor, device, dtype) for tensor in [*entry.parameters(), *entry.buffers()]):
+            entry._apply(moved)
+    elif not _is_there(entry, device, dtype):
+        is_parameter = isinstance(entry, nn.Parameter)
+        container[name] = nn.Parameter(moved(entry.data), entry.requires_grad) if is_parameter else moved(entry)
+
+
+def _is_there(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None) -> bool:
+    in_dtype = dtype is None or tensor.dtype == dtype or not (tensor.is_floating_point() or tensor.is_complex())
+    return in_dtype and (tensor.device == device or tensor.is_meta)
 
 
 def check_adapters_to_merge(module: AdapterHolder, adapter_names: list[str] | None = None) -> list[str]:
@@ -182,21 +183,36 @@ class AdapterLayer(BaseTunerLayer):
     def _wrap(self, base_layer: nn.Module, **options: Any) -> None:
         """Set up the state that is common to all methods; the first thing a layer's constructor does."""
         self.base_layer = base_layer
-        self.merged_adapters = []
-        self._disable_adapters = False
-        self.cast_input_dtype_enabled = True
+        # Past Module.__setattr__, which asks of every value whether it is a parameter, a module or a buffer.
+        self.__dict__.update(
+            merged_adapters=[],
+            _disable_adapters=False,
+            cast_input_dtype_enabled=True,
+            quantization_backend=options.get("quantization_backend"),
+        )
         inner = self.get_base_layer()
-        self.kind = kind_of(inner)
-        self.quantization_backend = options.get("quantization_backend")
-        if self.kind is not None:
-            self.in_features, self.out_features = self.kind.features(inner)
+        self.__dict__["kind"] = kind = kind_of(inner)
+        if kind is not None:
+            self.__dict__["in_features"], self.__dict__["out_features"] = kind.features(inner)
         elif hasattr(inner, "in_features") and hasattr(inner, "out_features"):
             self.in_features, self.out_features = inner.in_features, inner.out_features
-        for name in self.adapter_layer_names:
-            setattr(self, name, self._new_container(name))
 
     def _new_container(self, name: str) -> nn.Module:
+        """The container for one of `adapter_layer_names`, made when it is first asked for."""
         return nn.ParameterDict()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in type(self).adapter_layer_names or "_modules" not in self.__dict__:
+                raise
+            setattr(self, name, self._new_container(name))
+            return self._modules[name]
+
+    def extra_repr(self) -> str:
+        backend = self.quantization_backend
+        return "" if backend is None else f"quantization_backend={backend.backend_name!r}"
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """An uninitialised tensor for a new adapter; on the meta device where its values will be loaded."""
@@ -418,10 +434,11 @@ class AdditiveLayer(AdapterLayer):
         Args:
             adapter: a name this layer holds.
         """
-        return self.kind.flip(self.delta_weight(adapter))
+        delta = self.delta_weight(adapter)
+        return delta if self.kind is None else self.kind.flip(delta)
 
-    def term(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
-        """What one adapter adds to the output; forms ΔW unless the method knows better."""
+    def term(self, x: torch.Tensor, adapter: str) -> torch.Tensor | None:
+        """What one adapter adds to the output, None for nothing; forms ΔW unless the method knows better."""
         delta = self.get_delta_weight(adapter)
         return self.kind.apply(self.get_base_layer(), self._cast_term_input(x, delta.dtype), delta)
 
@@ -444,7 +461,8 @@ class AdditiveLayer(AdapterLayer):
         result = self.base_layer(x, *args, **kwargs)
         for name, index in rows.items():
             term = self.term(x[index], name)
-            result = result.index_add(0, index, term.to(result.dtype))
+            if term is not None:
+                result = result.index_add(0, index, term.to(result.dtype))
         return result
 
     def fold(self, tensors: dict[str, torch.Tensor], adapter: str) -> dict[str, torch.Tensor]:
@@ -454,6 +472,10 @@ class AdditiveLayer(AdapterLayer):
     # Scaling. A method that has `alpha` and a rank says what its scaling starts as.
 
     scaling: dict[str, float]
+
+    def _drop(self, adapter_name: str) -> None:
+        super()._drop(adapter_name)
+        self.scaling.pop(adapter_name, None)
 
     def initial_scaling(self, adapter: str) -> float:
         """The scaling that an adapter starts with."""

@@ -118,6 +118,16 @@ def entries_of(container: nn.Module, name: str, adapter: str) -> Iterator[Entry]
                 yield Entry(f"{name}.{adapter}.{inner}", f"{name}.{inner}", module, attribute)
 
 
+def _existing(module: Any, name: str) -> Any:
+    """The attribute of that dotted name, None if there is none (yet)."""
+    for part in name.split("."):
+        if module is None:
+            return None
+        found = module.__dict__.get(part)
+        module = module._modules.get(part) if found is None else found
+    return module
+
+
 def as_names(adapter_names: str | Iterable[str]) -> list[str]:
     return [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
 
@@ -184,9 +194,7 @@ class AdapterHolder:
     def adapter_containers(self) -> Iterator[tuple[str, Any]]:
         """Dotted name and object of each attribute that holds adapter weights."""
         for name in self.adapter_layer_names:
-            container: Any = self
-            for part in name.split("."):
-                container = getattr(container, part, None)
+            container = _existing(self, name)
             if container is not None:
                 yield name, container
 
@@ -213,7 +221,7 @@ class AdapterHolder:
     def _all_available_adapter_names(self) -> list[str]:
         names: set[str] = set()
         for attribute in self.adapter_layer_names + self.other_param_names:
-            keyed = getattr(self, attribute, None)
+            keyed = _existing(self, attribute)
             if hasattr(keyed, "keys"):
                 names.update(keyed.keys())
         return sorted(names | self._get_available_adapters())
@@ -393,9 +401,7 @@ class AdapterHolder:
 
     def _drop(self, adapter_name: str) -> None:
         for attribute in self.adapter_layer_names + self.other_param_names:
-            keyed: Any = self
-            for part in attribute.split("."):
-                keyed = getattr(keyed, part, None)
+            keyed = _existing(self, attribute)
             if keyed is not None and adapter_name in keyed:
                 del keyed[adapter_name]
 

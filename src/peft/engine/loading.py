@@ -54,7 +54,7 @@ def _to_base_device(holder: BaseTunerLayer, adapter_name: str) -> None:
     if device is None or device.type == "meta":
         return
     for attribute in holder.adapter_layer_names + holder.other_param_names:
-        container = getattr(holder, attribute, None)
+        container = holder._modules.get(attribute)
         if isinstance(container, nn.Module) and adapter_name in container:
             entry = container[adapter_name]
             if isinstance(entry, nn.Module):

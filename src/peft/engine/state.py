@@ -136,7 +136,7 @@ class AdapterState:
         extra = {key: value for key, value in state.items() if key not in self.slots}
         base, unexpected = self._base_tensors(extra)
         self._check_shapes(plan, base, ignore_mismatched_sizes)
-        _check_finite({key: value for key, (_, value) in plan.items()} | {key: value for key, (_, value) in base.items()})
+        check_finite({key: value for key, (_, value) in plan.items()} | {key: value for key, (_, value) in base.items()})
         with torch.no_grad():
             for slot, value in plan.values():
                 _store(slot.entry, value, assign)
@@ -226,7 +226,15 @@ def _packed_4bit(expected: torch.Size, found: torch.Size) -> bool:
     return bool(expected) and expected[-1] == 1 and expected.numel() * 2 == found.numel()
 
 
-def _check_finite(tensors: dict[str, torch.Tensor]) -> None:
+def check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    """Refuse tensors with NaN or infinite values.
+
+    Args:
+        tensors: by the names to mention.
+
+    Raises:
+        ValueError: some have.
+    """
     floats = {key: value for key, value in tensors.items() if value.is_floating_point() and value.numel()}
     by_sort: dict[tuple[torch.dtype, torch.device], list[str]] = {}
     for key, value in floats.items():

@@ -113,7 +113,7 @@ def _layer_status(name: str, holder: AdapterHolder) -> TunerLayerStatus:
 
 def _buffer_devices(holder: AdapterHolder) -> Iterable[tuple[str, str]]:
     for attribute in holder.adapter_layer_names + holder.other_param_names:
-        container = getattr(holder, attribute, None)
+        container = holder._modules.get(attribute)
         if isinstance(container, nn.Module):
             for adapter in container.keys():
                 tensors = container[adapter].buffers() if isinstance(container[adapter], nn.Module) else [container[adapter]]

@@ -167,6 +167,16 @@ class BaseTuner(nn.Module, ABC):
         """Keep adapters of tied modules tied; a method that cannot says so."""
         warnings.warn(f"{type(self).__name__} cannot keep adapters of tied modules tied: {tied_weight_keys}.")
 
+    def _prepare_shared_state(self, config: Any, adapter_name: str, targets: dict[str, nn.Module], undo: Undo) -> None:
+        """Make what all layers of an adapter share, before they are made.
+
+        Args:
+            config: the adapter's configuration, its targets resolved.
+            adapter_name: the adapter.
+            targets: the selected modules by name, adapted already or not.
+            undo: where to leave word how to take changes back.
+        """
+
     def layer_options(self, config: Any, adapter_name: str, key: str, target: nn.Module) -> dict[str, Any]:
         """Keyword arguments of the layer's constructor and `update_layer` that depend on the module, such as its rank."""
         return {}
@@ -194,7 +204,7 @@ class BaseTuner(nn.Module, ABC):
         if backend is not None:
             options["quantization_backend"] = backend
         _correct_fan_in_fan_out(config, base)
-        return layer_cls(target, adapter_name, config=config, **options)
+        return layer_cls(target, adapter_name=adapter_name, config=config, **options)
 
     def _quantization_options(self) -> dict[str, Any]:
         return {"model": self.model}
@@ -220,7 +230,8 @@ class BaseTuner(nn.Module, ABC):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Put a layer in the place of the module that it wraps."""
         setattr(parent, child_name, new_module)
-        new_module.train(child.training)
+        if not child.training:  # a new module is in training mode
+            new_module.train(False)
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
         """Context in which the layers know which adapter each row of the batch uses (`adapter_names`)."""
@@ -448,7 +459,8 @@ class BaseTuner(nn.Module, ABC):
         return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        cast_adapter_dtype(self.model, adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            cast_holders([holder for _, holder in self.holders], adapter_name)
 
 
 def check_mixed_batch(model: nn.Module, roster: Roster, adapter_names: list[str]) -> None:
@@ -619,16 +631,18 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
         adapter_name: the adapter.
         autocast_adapter_dtype: False for nothing.
     """
-    if not autocast_adapter_dtype:
-        return
-    for _, holder in holders_of(model):
+    if autocast_adapter_dtype:
+        cast_holders([holder for _, holder in holders_of(model)], adapter_name)
+
+
+def cast_holders(holders: list[AdapterHolder], adapter_name: str) -> None:
+    for holder in holders:
         if getattr(holder, "keeps_dtype", False) or holder.exclusive:
             continue
         for attribute in holder.adapter_layer_names + holder.other_param_names:
-            container = getattr(holder, attribute, None)
-            if isinstance(container, nn.Module) and adapter_name in container:
+            container = holder._modules.get(attribute)
+            if container is not None and adapter_name in container:
                 _upcast(container, adapter_name)
-        holder._plan = None
 
 
 def _upcast(container: nn.Module, name: str) -> None:

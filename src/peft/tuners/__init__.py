@@ -34,12 +34,17 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in _method_packages():
         return importlib.import_module(f"{__name__}.{name}")
-    package = _exports().get(name)
-    if package is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{package}"), name)
-    globals()[name] = value
-    return value
+    for package in _likely_first(name):
+        module = importlib.import_module(f"{__name__}.{package}")
+        if name in module.__all__ and name not in _AMBIGUOUS:
+            globals()[name] = getattr(module, name)
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _likely_first(name: str) -> list[str]:
+    """All packages, those first whose name the public name starts with: LoraConfig is found without the others."""
+    return sorted(_method_packages(), key=lambda package: not name.lower().startswith(package.replace("_", "")))
 
 
 def __dir__() -> list[str]:

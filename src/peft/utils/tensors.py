@@ -27,9 +27,9 @@ def bare_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Li
     """
     linear = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(linear)
-    linear.out_features, linear.in_features = weight.shape
-    linear.weight = nn.Parameter(weight)
-    linear.bias = None if bias is None else nn.Parameter(bias)
+    linear.__dict__["out_features"], linear.__dict__["in_features"] = weight.shape
+    linear._parameters["weight"] = nn.Parameter(weight)
+    linear._parameters["bias"] = None if bias is None else nn.Parameter(bias)
     return linear
 
 

@@ -38,23 +38,30 @@ class LoraLayer(AdditiveLayer):
         ephemeral_gpu_offload: compute DoRA's initial norms on an accelerator.
     """
 
+    lora_alpha: dict[str, float]
+    use_dora: dict[str, bool]
+    use_rslora: dict[str, bool]
+    lora_bias: dict[str, bool]
+    lora_variant: dict[str, LoraVariant]
     adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
 
     def __init__(self, base_layer: nn.Module, ephemeral_gpu_offload: bool = False, **kwargs: Any) -> None:
         self._wrap(base_layer, **kwargs)
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
         self.lora_dropout = nn.ModuleDict()
-        self.use_dora: dict[str, bool] = {}
-        self.use_rslora: dict[str, bool] = {}
-        self.lora_bias: dict[str, bool] = {}
-        self.lora_variant: dict[str, LoraVariant] = {}
-        self.ephemeral_gpu_offload = ephemeral_gpu_offload
-        self._caches: dict[str, Any] = {}
-        self.kwargs = kwargs
-        self.fan_in_fan_out = self.kind is not None and self.kind.transposed
+        self.__dict__.update(
+            _ranks={},
+            lora_alpha={},
+            scaling={},
+            use_dora={},
+            use_rslora={},
+            lora_bias={},
+            lora_variant={},
+            ephemeral_gpu_offload=ephemeral_gpu_offload,
+            _caches={},
+            kwargs=kwargs,
+            fan_in_fan_out=self.kind is not None and self.kind.transposed,
+        )
 
     def _new_container(self, name: str) -> nn.Module:
         return nn.ParameterDict() if "embedding" in name else nn.ModuleDict()
@@ -105,9 +112,9 @@ class LoraLayer(AdditiveLayer):
             self._share_factors(adapter_name, tied)
         else:
             self.reset_lora_parameters(adapter_name, config.init_lora_weights)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
         self.lora_variant.pop(adapter_name, None)
         if variant is not None:
+            self._move_adapter_to_device_of_base_layer(adapter_name)
             variant.init(self, adapter_name=adapter_name, config=config, **kwargs)
             self.lora_variant[adapter_name] = variant
         self._settle(adapter_name, inference_mode=config.inference_mode)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,23 @@ from .layer import LAYER_CLASSES, Embedding, LoraLayer, ParamWrapper, dispatch_d
 
 STATE_SPACE_MODELS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 """Model types whose kernels read the weights of `out_proj` and `conv1d` without calling these modules."""
+
+
+def weight_conversion(model: nn.Module) -> ModuleType | None:
+    """The module that brings adapters for older releases of transformers up to date; None if that is not needed.
+
+    Args:
+        model: a base model.
+    """
+    if not any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__):
+        return None
+    import transformers
+
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        return None
+    from ...utils import transformers_weight_conversion  # needs transformers 5
+
+    return transformers_weight_conversion
 
 
 class LoraModel(BaseTuner):
@@ -98,6 +116,22 @@ class LoraModel(BaseTuner):
             if isinstance(base, base_cls):
                 return layer_cls(target, adapter_name, config=lora_config, **options)
         return super()._create_new_module(lora_config, adapter_name, target, **options)
+
+    def _convert_adapter_config(self, peft_config: LoraConfig, model: nn.Module) -> None:
+        conversion = weight_conversion(model)
+        if conversion is not None:
+            conversions = conversion.get_model_conversion_mapping(model)
+            conversion.convert_peft_config_for_transformers(peft_config, model, conversions)
+
+    @staticmethod
+    def adapter_state_to_load(
+        model: nn.Module, config: LoraConfig, adapter_name: str, state: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """A file's tensors under the names, and in the layout, that this release of transformers gives the model."""
+        conversion = weight_conversion(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        if conversion is None:
+            return state
+        return conversion.convert_peft_adapter_state_dict_for_transformers(model, config, state, adapter_name)
 
     def _prepare_model(self, peft_config: LoraConfig, model: nn.Module) -> None:
         if peft_config.layer_replication:

@@ -1,0 +1,182 @@
+"""One round of measurements with whichever `peft` this interpreter imports; prints a JSON object of seconds by case.
+
+Only public calls are made, so that the same file measures any release.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+
+warnings.simplefilter("ignore")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+CASES: dict[str, Callable[[], dict[str, float]]] = {}
+
+
+def case(function: Callable[[], dict[str, float]]) -> Callable[[], dict[str, float]]:
+    CASES[function.__name__] = function
+    return function
+
+
+@contextlib.contextmanager
+def timed(times: list[float]) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    times.append(time.perf_counter() - start)
+
+
+def median_of(function: Callable[[], object], repeats: int, warmup: int = 1) -> float:
+    """Median seconds of a call."""
+    times: list[float] = []
+    for _ in range(warmup):
+        function()
+    for _ in range(repeats):
+        with timed(times):
+            function()
+    return statistics.median(times)
+
+
+def stack(layers: int, hidden: int):
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU()) for _ in range(layers)])
+
+
+def config(**options):
+    from peft import LoraConfig
+
+    return LoraConfig(**{"r": 8, "target_modules": r".*\.0", **options})
+
+
+@case
+def importing() -> dict[str, float]:
+    """`import peft` in a fresh process, beyond importing torch."""
+    code = "import time, torch; t = time.perf_counter(); import peft; print(time.perf_counter() - t)"
+    times = [float(subprocess.check_output([sys.executable, "-W", "ignore", "-c", code])) for _ in range(3)]
+    return {"import peft": statistics.median(times)}
+
+
+@case
+def injecting() -> dict[str, float]:
+    from peft import get_peft_model
+
+    results = {}
+    for layers, repeats in ((64, 5), (1000, 3), (4000, 1)):
+        times: list[float] = []
+        for _ in range(repeats + 1):
+            model = stack(layers, 16)
+            with timed(times):
+                get_peft_model(model, config())
+        results[f"get_peft_model, {layers} layers"] = statistics.median(times[1:])
+    return results
+
+
+@case
+def switching() -> dict[str, float]:
+    from peft import get_peft_model
+
+    model = get_peft_model(stack(1000, 16), config())
+    model.add_adapter("other", config())
+
+    def there_and_back() -> None:
+        model.set_adapter("other")
+        model.set_adapter("default")
+
+    return {"set_adapter twice, 1000 layers": median_of(there_and_back, 5)}
+
+
+@case
+def loading() -> dict[str, float]:
+    from peft import PeftModel, get_peft_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        get_peft_model(stack(256, 16), config()).save_pretrained(folder)
+        model = PeftModel.from_pretrained(stack(256, 16), folder)
+        times: list[float] = []
+        for number in range(2, 31):
+            with timed(times):
+                model.load_adapter(folder, f"number{number}")
+    second, thirtieth = statistics.median(times[1:4]), statistics.median(times[-3:])
+    return {"load_adapter, the 2nd of 30, 256 layers": second, "load_adapter, the 30th of 30, 256 layers": thirtieth}
+
+
+def training_step(model, x) -> Callable[[], None]:
+    import torch
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1e-3, foreach=True) if parameters else None
+
+    def run() -> None:
+        model(x).square().mean().backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+def against_the_bare_model(hidden: int, layers: int, rows: int, repeats: int) -> dict[str, float]:
+    """Seconds beyond the bare model, of a training step (gradient of the input alone, for the bare one) and a forward."""
+    import torch
+    from peft import get_peft_model
+
+    x = torch.randn(rows, hidden)
+    bare, wrapped = stack(layers, hidden).requires_grad_(False), get_peft_model(stack(layers, hidden), config())
+    steps = [training_step(bare, x.clone().requires_grad_(True)), training_step(wrapped, x)]
+
+    def forward_of(model) -> Callable[[], None]:
+        def run() -> None:
+            with torch.no_grad():
+                model(x)
+
+        return run
+
+    forwards = [forward_of(bare), forward_of(wrapped)]
+    results = {}
+    for name, pair in (("training step", steps), ("forward", forwards)):
+        times: list[list[float]] = [[], []]
+        for round_number in range(repeats + 3):
+            for side, run in enumerate(pair):  # in turn, so that a machine that slows down slows both
+                sink = times[side] if round_number >= 3 else []
+                with timed(sink):
+                    run()
+        without, with_adapter = map(statistics.median, times)
+        results[f"{name}, hidden {hidden}: bare model"] = without
+        results[f"{name}, hidden {hidden}: overhead"] = with_adapter - without
+    return results
+
+
+@case
+def stepping_at_64() -> dict[str, float]:
+    return against_the_bare_model(hidden=64, layers=32, rows=16, repeats=100)
+
+
+@case
+def stepping_at_1024() -> dict[str, float]:
+    return against_the_bare_model(hidden=1024, layers=8, rows=128, repeats=30)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", choices=sorted(CASES), default=sorted(CASES))
+    arguments = parser.parse_args()
+    results: dict[str, float] = {}
+    for name in arguments.only:
+        results |= CASES[name]()
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""A prompt put into the inputs of a base model: of one forward, and of the steps of a generation.
+
+A prompt of embeddings goes before the embeddings of the tokens; a prompt of keys and values goes in as the cache. What a
+cache holds includes the prompt, so a prompt is put in exactly when the cache is empty or missing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .utils.caches import cache_argument, cache_in, cached_length
+from .utils.modules import _get_batch_size
+from .utils.prompts import IGNORED, shift_tokens_right
+
+if TYPE_CHECKING:
+    from .peft_tasks import _TaskModel
+
+Arguments = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What the arguments of one stack of layers are called."""
+
+    ids: str
+    embeds: str
+    mask: str
+    positions: str
+
+
+INPUT = Stack("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+"""The only stack of most models, the encoder of those with two."""
+DECODER = Stack("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "decoder_position_ids")
+
+
+class PromptInputs:
+    """The inputs of a model with its active prompt in them.
+
+    Args:
+        model: a `PeftModel` for a task; its class says what the task's inputs are like.
+    """
+
+    def __init__(self, model: _TaskModel) -> None:
+        self.model, self.prompts = model, model.prompts
+        self.encoder, self.config = self.prompts.encoder, self.prompts.config
+        self.num_tokens = self.config.num_virtual_tokens
+
+    @property
+    def cached_tokens(self) -> int:
+        """How many virtual tokens the cache has before those of the text."""
+        if self.encoder.fills_cache:
+            return self.num_tokens
+        every = self.num_tokens * self.config.num_transformer_submodules
+        if not self.model.has_two_stacks:
+            return every
+        return every - self.num_tokens if self.encoder.prompts_decoder else 0
+
+    # ------------------------------------------------------------------------------------------------------- one forward
+
+    def forward(self, inputs: Arguments, task_ids: torch.Tensor | None, extra: Arguments) -> Any:
+        """The base model's output.
+
+        Args:
+            inputs: arguments of the forward that the task knows; None where not given.
+            task_ids: (batch,), for methods that take them.
+            extra: further arguments.
+
+        Raises:
+            ValueError: neither input_ids nor inputs_embeds, or an attention mask that is not (batch, tokens).
+        """
+        own = {name: extra[name] for name in self.encoder.own_arguments if name in extra}
+        arguments = {**inputs, **{name: value for name, value in extra.items() if name not in own}}
+        labels = arguments["labels"] if self.encoder.computes_loss and "labels" in arguments else None
+        if labels is not None:
+            arguments["labels"] = None
+        self._put_in(arguments, task_ids)
+        output = self.model.base_model(**arguments)
+        return output if labels is None else _with_loss(output, self.encoder.loss(output, labels, **own))
+
+    def _put_in(self, arguments: Arguments, task_ids: torch.Tensor | None) -> None:
+        batch_size = _get_batch_size(arguments.get("input_ids"), arguments.get("inputs_embeds"))
+        arguments.pop("cache_position", None)  # the model counts its tokens itself, and virtual ones too
+        starts = cached_length(cache_in(arguments)) == 0
+        if self.encoder.fills_cache:
+            self._put_into_cache(arguments, batch_size, task_ids, starts)
+            return
+        self._drop_positions(arguments)
+        if self.model.has_two_stacks:
+            self._put_before_input(arguments, batch_size, task_ids)
+            if self.cached_tokens and starts:
+                self._put_before_decoder(arguments, batch_size, task_ids)
+            elif self.cached_tokens:
+                _widen(arguments, DECODER.mask, self.cached_tokens)
+        elif starts:
+            self._put_before_input(arguments, batch_size, task_ids)
+        else:
+            _widen(arguments, INPUT.mask, self.cached_tokens)
+
+    def _put_into_cache(
+        self, arguments: Arguments, batch_size: int, task_ids: torch.Tensor | None, starts: bool
+    ) -> None:
+        stack = DECODER if self.model.has_two_stacks else INPUT
+        if starts:
+            arguments[self._cache_argument()] = self.prompts.prompt(batch_size, task_ids)
+        _widen(arguments, stack.mask, self.num_tokens)
+        _shift(arguments, stack.positions, self.num_tokens)
+
+    def _put_before_input(self, arguments: Arguments, batch_size: int, task_ids: torch.Tensor | None) -> None:
+        prompt = self.prompts.embeddings(batch_size, task_ids)
+        if self.model.has_two_stacks:
+            prompt = prompt[:, : self.num_tokens]
+        length = self._put_before(arguments, INPUT, prompt)
+        if self.model.labels_are_per_token:
+            _ignore(arguments, length, prompt.shape[1])
+
+    def _put_before_decoder(self, arguments: Arguments, batch_size: int, task_ids: torch.Tensor | None) -> None:
+        prompt = self.prompts.embeddings(batch_size, task_ids)[:, self.num_tokens :]
+        if arguments.get(DECODER.ids) is None and arguments.get(DECODER.embeds) is None:
+            if arguments.get("labels") is None:
+                raise ValueError("Pass decoder_input_ids, decoder_inputs_embeds, or labels to make the first of.")
+            config = self.model.base_model.config
+            arguments[DECODER.ids] = shift_tokens_right(
+                arguments["labels"], config.pad_token_id, config.decoder_start_token_id
+            )
+        length = self._put_before(arguments, DECODER, prompt)
+        _ignore(arguments, length, prompt.shape[1])
+
+    def _put_before(self, arguments: Arguments, stack: Stack, prompt: torch.Tensor) -> int:
+        """Put a prompt before a stack's input; gives the number of tokens that it had."""
+        embeds = self._embeds(arguments.pop(stack.ids, None), arguments.get(stack.embeds))
+        arguments[stack.embeds] = torch.cat([prompt.to(embeds), embeds], dim=1)
+        _widen(arguments, stack.mask, prompt.shape[1])
+        return embeds.shape[1]
+
+    def _embeds(self, ids: torch.Tensor | None, embeds: torch.Tensor | None) -> torch.Tensor:
+        return self.model.word_embeddings(ids) if embeds is None else embeds
+
+    def _cache_argument(self) -> str:
+        base = self.model.base_model
+        name = cache_argument(base.forward)
+        if name is None:
+            raise ValueError(
+                f"The forward of {type(base).__name__} takes no cache, and the prompt of {self.config.peft_type.value} is "
+                "one. Use a method whose prompt is embeddings, for example prompt tuning."
+            )
+        return name
+
+    def _drop_positions(self, arguments: Arguments) -> None:
+        """Leave positions to the model; virtual tokens get the type 0 where the task has types."""
+        self._drop(arguments, INPUT.positions)
+        types = arguments.get("token_type_ids")
+        if types is not None and self.model.has_token_types:
+            zeros = types.new_zeros((len(types), self.cached_tokens))
+            arguments["token_type_ids"] = torch.cat([zeros, types], dim=1)
+        else:
+            self._drop(arguments, "token_type_ids")
+
+    def _drop(self, arguments: Arguments, name: str) -> None:
+        if arguments.pop(name, None) is not None:
+            warnings.warn(
+                f"{name} are left out: they do not cover the virtual tokens that {self.config.peft_type.value} puts before "
+                "the input. The model uses its own."
+            )
+
+    # -------------------------------------------------------------------------------------------------------- generation
+
+    def generation_arguments(self, arguments: Arguments) -> Arguments:
+        """The arguments of the base model's generate; what is put in once for all steps is put in.
+
+        Args:
+            arguments: those of the wrapper's generate.
+
+        Raises:
+            ValueError: a model with two stacks, and neither input_ids nor inputs_embeds.
+        """
+        arguments = dict(arguments)
+        if not self.encoder.takes_task_ids:
+            arguments.pop("task_ids", None)
+        if not self.encoder.fills_cache:
+            self._drop(arguments, INPUT.positions)
+            self._drop(arguments, "token_type_ids")
+        if not self.model.has_two_stacks:
+            return arguments
+        batch_size = _get_batch_size(arguments.get("input_ids"), arguments.get("inputs_embeds"))
+        if not self.encoder.fills_cache:
+            if arguments.pop("encoder_outputs", None) is not None:
+                warnings.warn("encoder_outputs are left out and computed again: the prompt has to be in them.")
+            self._put_before_input(arguments, batch_size, arguments.get("task_ids"))
+        return arguments
+
+    def step(
+        self,
+        prepare: Callable[..., Arguments],
+        input_ids: torch.Tensor,
+        arguments: Arguments,
+        task_ids: torch.Tensor | None,
+    ) -> Arguments:
+        """The base model's inputs of the next step of a generation.
+
+        The prompt goes into what the base model prepares its inputs from, so that its masks and slices come out right.
+
+        Args:
+            prepare: the base model's `prepare_inputs_for_generation`.
+            input_ids: the tokens so far, (batch, tokens); the decoder's in a model with two stacks.
+            arguments: its other arguments.
+            task_ids: (batch,), for methods that take them.
+        """
+        extra = self.cached_tokens
+        if not extra:
+            return prepare(input_ids, **arguments)
+        arguments = dict(arguments)
+        stack = DECODER if self.model.has_two_stacks else INPUT
+        length = cached_length(cache_in(arguments))
+        new = _new_tokens(arguments, stack, input_ids, None if length is None else max(length - extra, 0))
+        if self.encoder.fills_cache:
+            self._put_into_cache(arguments, len(input_ids), task_ids, starts=length == 0)
+            _number(arguments, before=length or extra, new=new)
+            return prepare(input_ids, **arguments)
+        arguments.pop(stack.positions, None)
+        if length != 0:
+            _widen(arguments, stack.mask, extra)
+            _number(arguments, before=length, new=new)
+            return _without_positions(prepare(input_ids, **arguments), stack)
+        prompt = self.prompts.embeddings(len(input_ids), task_ids)[:, -extra:]
+        arguments[stack.ids] = input_ids
+        self._put_before(arguments, stack, prompt)
+        embeds = arguments[stack.embeds]
+        _number(arguments, before=0, new=embeds.shape[1])
+        inputs = _without_positions(prepare(input_ids, **arguments), stack)
+        return {**inputs, stack.ids: None, stack.embeds: embeds}
+
+
+def _widen(arguments: Arguments, name: str, tokens: int) -> None:
+    """Let a mask, if there is one, cover that many virtual tokens in front."""
+    mask = arguments.get(name)
+    if mask is None:
+        return
+    if not torch.is_tensor(mask) or mask.dim() != 2:
+        found = f"shape {tuple(mask.shape)}" if torch.is_tensor(mask) else type(mask).__name__
+        raise ValueError(f"With a prompt, {name} must be a tensor (batch, tokens), got {found}.")
+    arguments[name] = torch.cat([mask.new_ones((mask.shape[0], tokens)), mask], dim=1)
+
+
+def _shift(arguments: Arguments, name: str, tokens: int) -> None:
+    if arguments.get(name) is not None:
+        arguments[name] = arguments[name] + tokens
+
+
+def _ignore(arguments: Arguments, length: int, tokens: int) -> None:
+    """Give virtual tokens labels that do not count, unless the labels cover them already."""
+    labels = arguments.get("labels")
+    if labels is not None and labels.dim() > 1 and labels.shape[1] == length:
+        ignored = labels.new_full((labels.shape[0], tokens), IGNORED)
+        arguments["labels"] = torch.cat([ignored, labels], dim=1)
+
+
+def _with_loss(output: Any, loss: torch.Tensor) -> Any:
+    return (loss, *output) if isinstance(output, tuple) else type(output)(**{**output, "loss": loss})
+
+
+def _new_tokens(arguments: Arguments, stack: Stack, input_ids: torch.Tensor, cached: int | None) -> int | None:
+    """How many tokens of the text a step of generation is about; None if that cannot be told.
+
+    Embeddings that a generation started from are taken out of the arguments after the first step, when they are over.
+    """
+    embeds = arguments.get(stack.embeds)
+    if embeds is not None and not arguments.get("is_first_iteration", cached == 0):
+        del arguments[stack.embeds]
+        return None
+    text = input_ids if embeds is None else embeds
+    return None if cached is None else text.shape[1] - cached
+
+
+def _number(arguments: Arguments, before: int | None, new: int | None) -> None:
+    """Say which tokens a step is about, in the ways in which versions of transformers want to know.
+
+    Args:
+        arguments: of `prepare_inputs_for_generation`, changed in place.
+        before: how many tokens come before them, virtual ones included.
+        new: how many they are.
+    """
+    known = new is not None and new > 0
+    if known and arguments.get("next_sequence_length") is not None:
+        arguments["next_sequence_length"] = new
+    places = arguments.get("cache_position")
+    if places is not None and before is not None:
+        arguments["cache_position"] = torch.arange(
+            before, before + (new if known else len(places)), device=places.device
+        )
+
+
+def _without_positions(inputs: Arguments, stack: Stack) -> Arguments:
+    return {name: value for name, value in inputs.items() if name not in (stack.positions, "cache_position")}

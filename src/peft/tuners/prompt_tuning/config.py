@@ -1,0 +1,61 @@
+"""Configuration of prompt tuning."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ...config import PromptLearningConfig
+from ...utils.naming import did_you_mean
+from ...utils.peft_types import PeftType
+
+
+class PromptTuningInit(str, enum.Enum):
+    """Where the virtual tokens start: at the tokens of a text, at random tokens of the vocabulary, or at noise."""
+
+    TEXT = "TEXT"
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"
+    RANDOM = "RANDOM"
+
+
+@dataclass
+class PromptTuningConfig(PromptLearningConfig):
+    """Prompt tuning (arXiv 2104.08691): embeddings of virtual tokens are learned and put before the input's.
+
+    Args:
+        prompt_tuning_init: "RANDOM" (standard normal), "SAMPLE_VOCAB" or "TEXT"; the paper finds that starting at
+            tokens helps small models.
+        prompt_tuning_init_text: the text to start at, cut or repeated to `num_virtual_tokens`.
+        tokenizer_name_or_path: the tokenizer of that text.
+        tokenizer_kwargs: further arguments to load it with; `trust_remote_code` among them is left out, so that a
+            configuration file cannot have code run.
+
+    Raises:
+        ValueError: an unknown start, "TEXT" without text or tokenizer, or arguments for a tokenizer that is not used.
+    """
+
+    starts: ClassVar[type[enum.Enum]] = PromptTuningInit
+
+    prompt_tuning_init: PromptTuningInit | str = field(
+        default=PromptTuningInit.RANDOM, metadata={"help": "Where the virtual tokens start"}
+    )
+    prompt_tuning_init_text: str | None = field(default=None, metadata={"help": "The text to start at"})
+    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "The tokenizer of that text"})
+    tokenizer_kwargs: dict | None = field(default=None, metadata={"help": "Arguments to load the tokenizer with"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.PROMPT_TUNING
+        known = [start.value for start in self.starts]
+        if self.prompt_tuning_init not in known:
+            hint = did_you_mean(str(self.prompt_tuning_init), known)
+            raise ValueError(f"prompt_tuning_init={self.prompt_tuning_init!r} is none of {', '.join(known)}.{hint}")
+        if self.prompt_tuning_init == PromptTuningInit.TEXT:
+            for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
+                if not getattr(self, name):
+                    raise ValueError(f"prompt_tuning_init='TEXT' needs {name}, got {getattr(self, name)!r}.")
+        elif self.tokenizer_kwargs:
+            raise ValueError(
+                f"tokenizer_kwargs are for prompt_tuning_init='TEXT'; prompt_tuning_init is {self.prompt_tuning_init!r}."
+            )

@@ -1,0 +1,63 @@
+"""What transformers says about a quantised model, and which layers GPTQModel made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .. import import_utils
+
+
+def get_quantization_config(model: nn.Module, method: str) -> Any | None:
+    """The quantisation configuration of a model, None unless it is quantised by that method.
+
+    Args:
+        model: a transformers model.
+        method: such as "gptq", as transformers calls it.
+    """
+    if getattr(getattr(model, "config", None), "quantization_config", None) is None:
+        return None
+    return model.config.quantization_config if getattr(model, "quantization_method", None) == method else None
+
+
+def get_gptqmodel_quant_linear(gptq_quantization_config: Any, device_map: Any = None) -> type[nn.Module] | None:
+    """The class of linear layer that GPTQModel uses for a configuration; None without either of them.
+
+    Args:
+        gptq_quantization_config: transformers' `GPTQConfig`.
+        device_map: where the layers are; GPTQModel chooses its kernels by it.
+    """
+    if gptq_quantization_config is None or not import_utils.is_gptqmodel_available():
+        return None
+    from gptqmodel.quantization import METHOD
+    from gptqmodel.utils.importer import hf_select_quant_linear_v2
+
+    config = gptq_quantization_config
+    return hf_select_quant_linear_v2(
+        bits=config.bits,
+        group_size=config.group_size,
+        desc_act=config.desc_act,
+        sym=config.sym,
+        format=getattr(config, "format", None) or getattr(config, "checkpoint_format", "gptq"),
+        backend=getattr(config, "backend", None) or "auto",
+        device_map=device_map,
+        meta=getattr(config, "meta", None),
+        quant_method=METHOD.GPTQ,
+        pack=False,
+    )
+
+
+def _is_a(module: nn.Module, class_name: str) -> bool:
+    # By name: to ask is no reason to import GPTQModel, and where it was not imported no layer is its.
+    return any(cls.__name__ == class_name and cls.__module__.startswith("gptqmodel.") for cls in type(module).__mro__)
+
+
+def is_gptqmodel_quant_linear(module: nn.Module) -> bool:
+    """Whether a module is one of GPTQModel's quantised linear layers."""
+    return _is_a(module, "BaseQuantLinear")
+
+
+def is_gptqmodel_awq_layer(module: nn.Module) -> bool:
+    """Whether a module is one of GPTQModel's linear layers for AWQ weights."""
+    return _is_a(module, "AWQuantLinear")
