@@ -85,7 +85,9 @@ class Door:
 
     def copy_names(self, adapter):
         return {
-            f"{self.prefix}{n}.modules_to_save.{adapter}.{p}" for n in self.saved_names for p in self.saved_parameters[n]
+            f"{self.prefix}{n}.modules_to_save.{adapter}.{p}"
+            for n in self.saved_names
+            for p in self.saved_parameters[n]
         }
 
     def names(self, *adapters, copies=True):
@@ -502,7 +504,9 @@ def other_dtype(door):
     door.model.to(torch.float64)
     door.dtype = torch.float64
     assert door.flags() == flags
-    assert {value.dtype for name, value in door.model.state_dict().items() if name in door.names("a")} == {torch.float64}
+    assert {value.dtype for name, value in door.model.state_dict().items() if name in door.names("a")} == {
+        torch.float64
+    }
     assert door.out().dtype == torch.float64
 
 
@@ -625,9 +629,14 @@ class InjectDoor(Door):
             layer.unmerge()
 
     def save(self, name, folder):
-        self.state, self.saved_config = peft.get_peft_model_state_dict(self.model, adapter_name=name), self.model.peft_config[name]
+        self.state, self.saved_config = (
+            peft.get_peft_model_state_dict(self.model, adapter_name=name),
+            self.model.peft_config[name],
+        )
         torch.save(self.state, folder / "state.bin")
 
     def load(self, folder, name, trainable=False):
         self.add(name)
-        peft.set_peft_model_state_dict(self.model, torch.load(folder / "state.bin", weights_only=True), adapter_name=name)
+        peft.set_peft_model_state_dict(
+            self.model, torch.load(folder / "state.bin", weights_only=True), adapter_name=name
+        )

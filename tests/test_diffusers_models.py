@@ -344,7 +344,9 @@ class TestFiles:
         door.add("a")
         door.perturb("a", 1)
         output, flags = door.out(), door.flags()
-        state = {name: value.clone() for name, value in get_peft_model_state_dict(door.model, adapter_name="a").items()}
+        state = {
+            name: value.clone() for name, value in get_peft_model_state_dict(door.model, adapter_name="a").items()
+        }
         key = "transformer_blocks.0.attn1.to_k.lora_A.weight"
         state[key] = torch.zeros(4, 3) if problem == "shape" else torch.full_like(state[key], float("nan"))
         with pytest.raises((RuntimeError, ValueError), match="to_k"):

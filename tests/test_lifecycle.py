@@ -139,7 +139,9 @@ class TestPeftModelOnly:
         assert torch.equal(other(X), first)
         own = {"base_model.model.lin0.lora_A.{}.weight", "base_model.model.lin0.lora_B.{}.weight"}
         own |= {"base_model.model.head.modules_to_save.{}.weight", "base_model.model.head.modules_to_save.{}.bias"}
-        names = {name.format("first") for name in own} | ({name.format("a") for name in own} if is_trainable else set())
+        names = {name.format("first") for name in own} | (
+            {name.format("a") for name in own} if is_trainable else set()
+        )
         assert trainable(other) == names
         other.set_adapter("a")
         assert torch.equal(other(X), expected)

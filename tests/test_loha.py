@@ -71,7 +71,7 @@ def shapes(layer, adapter="default"):
     return {name: tuple(tensor.shape) for name, tensor in tensors(layer, adapter).items()}
 
 
-# ------------------------------------------------------------------------------------------------------- the mathematics
+# ----------------------------------------------------------------------------------------------------- the mathematics
 
 
 def worked_example():
@@ -146,7 +146,7 @@ def test_small_rank_never_forms_delta_weight_in_training_unless_grouped(name, mo
     assert bool(formed) == (name == "conv2d grouped")
 
 
-# ------------------------------------------------------------------------------------------------- shapes, start, layers
+# ----------------------------------------------------------------------------------------------- shapes, start, layers
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_wraps_the_layer_of_another_method():
     torch.testing.assert_close(outer(x), before + x @ delta.T)
 
 
-# --------------------------------------------------------------------------------------------------- scaling and patterns
+# ------------------------------------------------------------------------------------------------ scaling and patterns
 
 
 def test_scale_api():
@@ -307,7 +307,11 @@ class Two(nn.Module):
 
 def test_patterns_give_rank_and_alpha_by_module():
     config = LoHaConfig(
-        target_modules=["0", "1", "last"], r=2, alpha=4, rank_pattern={"^last": 1, "block.1": 3}, alpha_pattern={"1": 6}
+        target_modules=["0", "1", "last"],
+        r=2,
+        alpha=4,
+        rank_pattern={"^last": 1, "block.1": 3},
+        alpha_pattern={"1": 6},
     )
     model = LoHaModel(Two(), config, "default").model
     found = {name: (layer.r["default"], layer.scaling["default"]) for name, layer in loha_layers(model)}
@@ -323,7 +327,7 @@ def test_no_pattern_is_an_empty_one():
     assert LoHaModel(Two(), config, "default").model.last.r == {"default": 8}
 
 
-# ----------------------------------------------------------------------------------------------------------------- dropout
+# ------------------------------------------------------------------------------------------------------------- dropout
 
 
 def test_rank_dropout_takes_out_output_features_and_scales_up_the_rest():
@@ -389,7 +393,7 @@ def test_nothing_is_dropped_or_drawn_in_evaluation():
     torch.testing.assert_close(model(x), first)
 
 
-# --------------------------------------------------------------------------------------------------------------- gradients
+# ----------------------------------------------------------------------------------------------------------- gradients
 
 
 def test_the_function_that_forms_the_weight_has_its_gradient():
@@ -428,7 +432,7 @@ def test_training_has_the_gradient_of_the_formula(effective, r):
         torch.testing.assert_close(found[name], tensor.grad, atol=1e-3, rtol=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------------------------- dtypes
+# -------------------------------------------------------------------------------------------------------------- dtypes
 
 
 @pytest.mark.parametrize("autocast, expected", [(True, torch.float32), (False, torch.bfloat16)])
@@ -443,7 +447,7 @@ def test_half_precision_base(autocast, expected):
     assert layer.weight.dtype == torch.bfloat16
 
 
-# ------------------------------------------------------------------------------------------------------------ configuration
+# ------------------------------------------------------------------------------------------------------- configuration
 
 
 def test_config_defaults():

@@ -72,7 +72,7 @@ def shapes(layer, adapter="default"):
     return {name.removeprefix("lokr_"): tuple(tensor.shape) for name, tensor in tensors(layer, adapter).items()}
 
 
-# -------------------------------------------------------------------------------------------------------- splitting sizes
+# ----------------------------------------------------------------------------------------------------- splitting sizes
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_factorization_is_one(factor):
             assert m <= n and (factor < 0 or m <= factor)
 
 
-# --------------------------------------------------------------------------------------------------------- the mathematics
+# ----------------------------------------------------------------------------------------------------- the mathematics
 
 
 def test_worked_example():
@@ -153,10 +153,10 @@ def test_core_between_two_matrices():
 
 
 def test_conv1d_with_full_w2_has_the_order_of_existing_adapters():
-    layer = adapted(nn.Conv1d(2, 4, 2), r=1, alpha=1, decompose_factor=2).model.layer
+    layer = adapted(nn.Conv1d(2, 4, 2), r=1, alpha=1).model.layer
+    assert shapes(layer) == {"w1": (2, 1), "w2": (2, 2, 2)}
     layer.lokr_w1["default"].data = torch.tensor([[1.0], [10.0]])
     layer.lokr_w2["default"].data = torch.arange(8.0).view(2, 2, 2)
-    # The splits do not depend on the numbers: (l, k) = (2, 2), and (m, n) = (1, 2) is put in by hand.
     assert layer.get_delta_weight("default").tolist() == [
         [[0.0, 1.0], [2.0, 3.0]],
         [[0.0, 10.0], [20.0, 30.0]],
@@ -229,7 +229,7 @@ def test_training_has_the_gradient_of_the_formula(name):
         torch.testing.assert_close(found[name], tensor.grad, atol=1e-3, rtol=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------- shapes, start, layers
+# ----------------------------------------------------------------------------------------------- shapes, start, layers
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,9 @@ ZEROS = {True: {"lokr_w1", "lokr_w1_a"}, "lycoris": {"lokr_w2", "lokr_w2_b"}, Fa
 
 
 @pytest.mark.parametrize("init_weights", ZEROS)
-@pytest.mark.parametrize("options", [{"r": 1, "decompose_both": True, "use_effective_conv2d": True}, {"r": 8}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"r": 1, "decompose_both": True, "use_effective_conv2d": True}, {"r": 8}], ids=str
+)
 def test_start_draws_parts_in_order(options, init_weights):
     base, x = case("conv2d")
     net, expected_output = Net(base), base(x)
@@ -366,7 +368,7 @@ def test_constructor_takes_device_and_dtype_without_effect():
     assert {(tensor.device.type, tensor.dtype) for tensor in tensors(layer).values()} == {("cpu", torch.float32)}
 
 
-# ----------------------------------------------------------------------------------------------------------------- dropout
+# ------------------------------------------------------------------------------------------------------------- dropout
 
 
 @pytest.mark.parametrize("rescaled", [False, True])
@@ -388,7 +390,7 @@ def test_everything_dropped_is_the_base_model(rescaled):
     assert torch.equal(model(x), model.model.layer.base_layer(x))
 
 
-# ------------------------------------------------------------------------------------------------------------------- dtypes
+# -------------------------------------------------------------------------------------------------------------- dtypes
 
 
 @pytest.mark.parametrize("autocast, expected", [(True, torch.float32), (False, torch.bfloat16)])
@@ -407,7 +409,7 @@ def test_scaling_is_exact_in_float64():
     assert torch.equal(layer.get_delta_weight("default"), torch.kron(w1, w2) * (1 / 3))
 
 
-# ------------------------------------------------------------------------------------------------------------ configuration
+# ------------------------------------------------------------------------------------------------------- configuration
 
 
 def test_config_defaults():

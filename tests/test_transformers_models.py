@@ -169,7 +169,9 @@ class TestTiedEmbeddings:
         return LoraConfig(r=2, target_modules=["q_proj"], **options)
 
     def test_copies_stay_tied(self):
-        model = get_peft_model(llama(tied=True), self.config(modules_to_save=["embed_tokens"], ensure_weight_tying=True))
+        model = get_peft_model(
+            llama(tied=True), self.config(modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+        )
         base = model.get_base_model()
         assert isinstance(base.lm_head, ModulesToSaveWrapper)
         embedding, head = base.model.embed_tokens.modules_to_save["default"], base.lm_head.modules_to_save["default"]
@@ -225,7 +227,9 @@ class TestTiedEmbeddings:
 def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
     gradients = []
     for checkpointing in (False, True):
-        model = get_peft_model(llama().train(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+        model = get_peft_model(
+            llama().train(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        )
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
             model.enable_input_require_grads()

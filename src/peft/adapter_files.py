@@ -85,7 +85,9 @@ class AdapterFiles:
         names = list(model.peft_config) if selected_adapters is None else list(selected_adapters)
         unknown = [name for name in names if name not in model.peft_config]
         if unknown:
-            raise ValueError(f"selected_adapters has the unknown adapters {unknown}; known are {sorted(model.peft_config)}.")
+            raise ValueError(
+                f"selected_adapters has the unknown adapters {unknown}; known are {sorted(model.peft_config)}."
+            )
         states = {
             name: get_peft_model_state_dict(
                 model, state_dict=state_dict, adapter_name=name, save_embedding_layers=save_embedding_layers
@@ -153,7 +155,9 @@ class AdapterFiles:
     def prepare_config(config: PeftConfig, is_trainable: bool, ephemeral_gpu_offload: bool) -> None:
         """Set what a saved configuration does not say: the mode and the settings of this process."""
         if config.is_prompt_learning and is_trainable:
-            raise ValueError("A saved prompt is what its encoder computed; it cannot be trained on. Load it for inference.")
+            raise ValueError(
+                "A saved prompt is what its encoder computed; it cannot be trained on. Load it for inference."
+            )
         config.inference_mode = not is_trainable
         if hasattr(config, "runtime_config"):
             config.runtime_config.ephemeral_gpu_offload = ephemeral_gpu_offload
@@ -185,7 +189,7 @@ class AdapterFiles:
                 config,
                 adapter_name=adapter_name,
                 autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=_may_defer(config),
+                low_cpu_mem_usage=may_defer(config),
             )
             undo.push(_unwrap, wrapped, trainable)
             result = self._fill(wrapped, adapter_name, state)
@@ -218,7 +222,7 @@ class AdapterFiles:
                 model.add_adapter(
                     adapter_name,
                     config,
-                    low_cpu_mem_usage=_may_defer(config),
+                    low_cpu_mem_usage=may_defer(config),
                     autocast_adapter_dtype=autocast_adapter_dtype,
                 )
                 undo.push(model.delete_adapter, adapter_name)
@@ -235,7 +239,9 @@ class AdapterFiles:
     def _read_weights(self, device: str | None, key_mapping: dict[str, str] | None) -> dict[str, torch.Tensor]:
         return load_peft_weights(self.source, device=device, key_mapping=key_mapping, **self.hub)
 
-    def _fill(self, model: PeftModel, adapter_name: str, state: dict[str, torch.Tensor], strict: bool = False) -> LoadResult:
+    def _fill(
+        self, model: PeftModel, adapter_name: str, state: dict[str, torch.Tensor], strict: bool = False
+    ) -> LoadResult:
         if strict:
             self._check_names(model, adapter_name, state)
         result = load_adapter_state(
@@ -256,9 +262,12 @@ class AdapterFiles:
         if unexpected:
             near = {name: near_misses(name, expected, 1) for name in unexpected[:5]}
             parts.append(
-                "unexpected are " + ", ".join(name + (f" (nearest: {found[0]})" if found else "") for name, found in near.items())
+                "unexpected are "
+                + ", ".join(name + (f" (nearest: {found[0]})" if found else "") for name, found in near.items())
             )
-        raise ValueError(f"The weights at {self.source!r} do not fit the adapter {adapter_name!r}: {'; '.join(parts)}.")
+        raise ValueError(
+            f"The weights at {self.source!r} do not fit the adapter {adapter_name!r}: {'; '.join(parts)}."
+        )
 
     def _warn_missing(self, missing: list[str], adapter_name: str) -> None:
         if missing:
@@ -278,7 +287,7 @@ class AdapterFiles:
         redispatch(model, {key: self.rest[key] for key in DISPATCH_OPTIONS if key in self.rest})
 
 
-def _may_defer(config: PeftConfig) -> bool:
+def may_defer(config: PeftConfig) -> bool:
     """Whether an adapter's parameters can be made without storage: not if its start changes the base model."""
     mutates = getattr(method(config.peft_type).model_cls, "changes_base_at_start", None)
     return not config.is_prompt_learning and not (mutates is not None and mutates(config))

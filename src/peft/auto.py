@@ -54,9 +54,7 @@ class _BaseAutoPeftModel:
     _target_peft_class: ClassVar[type[PeftModel] | None] = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise OSError(
-            f"{type(self).__name__} is not constructed; use {type(self).__name__}.from_pretrained(path)."
-        )
+        raise OSError(f"{type(self).__name__} is not constructed; use {type(self).__name__}.from_pretrained(path).")
 
     @classmethod
     def from_pretrained(
@@ -116,7 +114,9 @@ class _BaseAutoPeftModel:
             )
         parent = mapping["parent_library"]
         check_import_allowlist(allowlist or get_default_import_allowlist(), parent)
-        return getattr(importlib.import_module(parent), mapping["base_model_class"]), cls._target_peft_class or PeftModel
+        return getattr(
+            importlib.import_module(parent), mapping["base_model_class"]
+        ), cls._target_peft_class or PeftModel
 
 
 def _resize_embeddings(base: Any, source: str | os.PathLike, revision: str | None, kwargs: dict[str, Any]) -> None:

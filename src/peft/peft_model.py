@@ -14,7 +14,12 @@ from transformers.utils.hub import PushToHubMixin
 
 from .adapter_files import AdapterFiles, split_hub_kwargs
 from .config import PeftConfig
-from .engine.checkpoint import get_peft_model_state_dict, load_adapter_state, load_peft_weights, set_peft_model_state_dict
+from .engine.checkpoint import (
+    get_peft_model_state_dict,
+    load_adapter_state,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from .engine.layer import BaseTunerLayer, deferred_parameters
 from .engine.lifecycle import AdapterHolder, as_names, holders_of
 from .engine.loading import finish_loading
@@ -131,7 +136,9 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     @property
     def modules_to_save(self) -> set[str] | None:
-        names = {name for config in self.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()}
+        names = {
+            name for config in self.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()
+        }
         return names or None
 
     @property
@@ -155,7 +162,9 @@ class PeftModel(PushToHubMixin, nn.Module):
     def print_trainable_parameters(self) -> None:
         """Print one line with these numbers."""
         trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
 
     def get_layer_status(self) -> list[TunerLayerStatus]:
         """The adapters of each layer; see `peft.get_layer_status`."""
@@ -177,7 +186,9 @@ class PeftModel(PushToHubMixin, nn.Module):
             )
         if adapter_name not in self.peft_config:
             known = sorted(self.peft_config)
-            raise ValueError(f"There is no adapter {adapter_name!r}; known are {known}.{did_you_mean(adapter_name, known)}")
+            raise ValueError(
+                f"There is no adapter {adapter_name!r}; known are {known}.{did_you_mean(adapter_name, known)}"
+            )
         return self.peft_config[adapter_name]
 
     # --------------------------------------------------------------------------------------------------------- life cycle
@@ -333,7 +344,9 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
         """Let gradients reach the adapters through checkpointed segments whose own inputs need none."""
-        quantized = any(getattr(model, name, False) for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized"))
+        quantized = any(
+            getattr(model, name, False) for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
+        )
         if not quantized:
             if hasattr(model, "enable_input_require_grads"):
                 model.enable_input_require_grads()
@@ -478,7 +491,9 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     def _check_new_adapter_config(self, peft_config: PeftConfig, is_trainable: bool) -> None:
         if peft_config.is_prompt_learning and is_trainable:
-            raise ValueError("A saved prompt is what its encoder computed; it cannot be trained on. Load it for inference.")
+            raise ValueError(
+                "A saved prompt is what its encoder computed; it cannot be trained on. Load it for inference."
+            )
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
         """Write the model card, or bring the one that is there up to date.

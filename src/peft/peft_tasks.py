@@ -1,6 +1,7 @@
 """`PeftModel` by task: the forward signatures that trainers look at, and the heads that are trained in full.
 
-With a tuner, every class hands its arguments to the base model. With prompt learning, `PromptInputs` puts the prompt in.
+With a tuner, every class hands its arguments to the base model; with prompt learning, `PromptInputs` puts the prompt
+into them.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class _TaskModel(PeftModel):
     has_token_types: ClassVar[bool] = False
     """Whether tokens of the input may be of several types, as of two texts that are compared."""
 
-    def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any) -> None:
+    def __init__(
+        self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any
+    ) -> None:
         add_heads(peft_config, self.heads)
         super().__init__(model, peft_config, adapter_name, **kwargs)
         self._note_head()
@@ -210,11 +213,13 @@ def _resolved(model: PeftModel, return_dict: bool | None) -> bool | None:
 class _GeneratingModel(_TaskModel):
     """What the classes that generate share."""
 
-    def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any) -> None:
+    def __init__(
+        self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any
+    ) -> None:
         if not hasattr(model, "prepare_inputs_for_generation"):
             raise AttributeError(
-                f"A {type(model).__name__} cannot generate (it has no prepare_inputs_for_generation); leave task_type unset "
-                "for a model that is not to."
+                f"A {type(model).__name__} cannot generate (it has no prepare_inputs_for_generation); leave task_type "
+                "unset for a model that is not to."
             )
         super().__init__(model, peft_config, adapter_name, **kwargs)
         self.base_model_prepare_inputs_for_generation = self.get_base_model().prepare_inputs_for_generation

@@ -1,7 +1,7 @@
 """A prompt put into the inputs of a base model: of one forward, and of the steps of a generation.
 
-A prompt of embeddings goes before the embeddings of the tokens; a prompt of keys and values goes in as the cache. What a
-cache holds includes the prompt, so a prompt is put in exactly when the cache is empty or missing.
+A prompt of embeddings goes before the embeddings of the tokens; a prompt of keys and values goes in as the cache. What
+a cache holds includes the prompt, so a prompt is put in exactly when the cache is empty or missing.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class PromptInputs:
             return every
         return every - self.num_tokens if self.encoder.prompts_decoder else 0
 
-    # ------------------------------------------------------------------------------------------------------- one forward
+    # ----------------------------------------------------------------------------------------------------- one forward
 
     def forward(self, inputs: Arguments, task_ids: torch.Tensor | None, extra: Arguments) -> Any:
         """The base model's output.
@@ -90,16 +90,20 @@ class PromptInputs:
             self._put_into_cache(arguments, batch_size, task_ids, starts)
             return
         self._drop_positions(arguments)
-        if self.model.has_two_stacks:
-            self._put_before_input(arguments, batch_size, task_ids)
-            if self.cached_tokens and starts:
-                self._put_before_decoder(arguments, batch_size, task_ids)
-            elif self.cached_tokens:
-                _widen(arguments, DECODER.mask, self.cached_tokens)
-        elif starts:
-            self._put_before_input(arguments, batch_size, task_ids)
-        else:
+        if not self.model.has_two_stacks and not starts:
             _widen(arguments, INPUT.mask, self.cached_tokens)
+            return
+        prompt = self.prompts.embeddings(batch_size, task_ids)
+        if not self.model.has_two_stacks:
+            length = self._put_before(arguments, INPUT, prompt)
+            if self.model.labels_are_per_token:
+                _ignore(arguments, length, prompt.shape[1])
+            return
+        self._put_before(arguments, INPUT, prompt[:, : self.num_tokens])
+        if self.cached_tokens and starts:
+            self._put_before_decoder(arguments, prompt[:, self.num_tokens :])
+        elif self.cached_tokens:
+            _widen(arguments, DECODER.mask, self.cached_tokens)
 
     def _put_into_cache(
         self, arguments: Arguments, batch_size: int, task_ids: torch.Tensor | None, starts: bool
@@ -110,16 +114,7 @@ class PromptInputs:
         _widen(arguments, stack.mask, self.num_tokens)
         _shift(arguments, stack.positions, self.num_tokens)
 
-    def _put_before_input(self, arguments: Arguments, batch_size: int, task_ids: torch.Tensor | None) -> None:
-        prompt = self.prompts.embeddings(batch_size, task_ids)
-        if self.model.has_two_stacks:
-            prompt = prompt[:, : self.num_tokens]
-        length = self._put_before(arguments, INPUT, prompt)
-        if self.model.labels_are_per_token:
-            _ignore(arguments, length, prompt.shape[1])
-
-    def _put_before_decoder(self, arguments: Arguments, batch_size: int, task_ids: torch.Tensor | None) -> None:
-        prompt = self.prompts.embeddings(batch_size, task_ids)[:, self.num_tokens :]
+    def _put_before_decoder(self, arguments: Arguments, prompt: torch.Tensor) -> None:
         if arguments.get(DECODER.ids) is None and arguments.get(DECODER.embeds) is None:
             if arguments.get("labels") is None:
                 raise ValueError("Pass decoder_input_ids, decoder_inputs_embeds, or labels to make the first of.")
@@ -132,21 +127,20 @@ class PromptInputs:
 
     def _put_before(self, arguments: Arguments, stack: Stack, prompt: torch.Tensor) -> int:
         """Put a prompt before a stack's input; gives the number of tokens that it had."""
-        embeds = self._embeds(arguments.pop(stack.ids, None), arguments.get(stack.embeds))
+        ids, embeds = arguments.pop(stack.ids, None), arguments.get(stack.embeds)
+        if embeds is None:
+            embeds = self.model.word_embeddings(ids)
         arguments[stack.embeds] = torch.cat([prompt.to(embeds), embeds], dim=1)
         _widen(arguments, stack.mask, prompt.shape[1])
         return embeds.shape[1]
-
-    def _embeds(self, ids: torch.Tensor | None, embeds: torch.Tensor | None) -> torch.Tensor:
-        return self.model.word_embeddings(ids) if embeds is None else embeds
 
     def _cache_argument(self) -> str:
         base = self.model.base_model
         name = cache_argument(base.forward)
         if name is None:
             raise ValueError(
-                f"The forward of {type(base).__name__} takes no cache, and the prompt of {self.config.peft_type.value} is "
-                "one. Use a method whose prompt is embeddings, for example prompt tuning."
+                f"The prompt of {self.config.peft_type.value} is a cache, and the forward of {type(base).__name__} "
+                "takes none. Use a method whose prompt is embeddings, for example prompt tuning."
             )
         return name
 
@@ -163,11 +157,11 @@ class PromptInputs:
     def _drop(self, arguments: Arguments, name: str) -> None:
         if arguments.pop(name, None) is not None:
             warnings.warn(
-                f"{name} are left out: they do not cover the virtual tokens that {self.config.peft_type.value} puts before "
-                "the input. The model uses its own."
+                f"{name} are left out: they do not cover the virtual tokens that {self.config.peft_type.value} puts "
+                "before the input. The model uses its own."
             )
 
-    # -------------------------------------------------------------------------------------------------------- generation
+    # ------------------------------------------------------------------------------------------------------ generation
 
     def generation_arguments(self, arguments: Arguments) -> Arguments:
         """The arguments of the base model's generate; what is put in once for all steps is put in.
@@ -190,7 +184,8 @@ class PromptInputs:
         if not self.encoder.fills_cache:
             if arguments.pop("encoder_outputs", None) is not None:
                 warnings.warn("encoder_outputs are left out and computed again: the prompt has to be in them.")
-            self._put_before_input(arguments, batch_size, arguments.get("task_ids"))
+            prompt = self.prompts.embeddings(batch_size, arguments.get("task_ids"))
+            self._put_before(arguments, INPUT, prompt[:, : self.num_tokens])
         return arguments
 
     def step(

@@ -43,7 +43,7 @@ class PromptLearning:
 
     model: PeftModel
 
-    # ------------------------------------------------------------------------------------------------------ what there is
+    # --------------------------------------------------------------------------------------------------- what there is
 
     @property
     def encoders(self) -> PromptEncoders:
@@ -69,7 +69,7 @@ class PromptLearning:
         """All that holds adapters: the encoders, and the wrappers around modules of the base model that are copied."""
         return [holder for _, holder in holders_of(self.model)]
 
-    # --------------------------------------------------------------------------------------------------------- life cycle
+    # ------------------------------------------------------------------------------------------------------ life cycle
 
     def add(self, adapter_name: str, config: PromptLearningConfig, undo: Undo) -> None:
         """Give the model a prompt; the first one becomes active, a later one waits frozen until it is.
@@ -94,16 +94,18 @@ class PromptLearning:
             self._set_up(undo)
         encoder_cls = method(config.peft_type).model_cls
         encoder = encoder_cls.build(config, model.word_embeddings, base).to(self._device())
-        before = set(map(id, self.holders()))
         undo.push(self._forget, adapter_name)
         self.encoders.add(adapter_name, encoder)
         tokens = config.num_virtual_tokens * config.num_transformer_submodules
         model.prompt_tokens[adapter_name] = torch.arange(tokens)
-        set_additional_trainable_modules(
+        wrappers = set_additional_trainable_modules(
             base, config, model_config, adapter_name, first, roster=self.encoders.roster, undo=undo
         )
         self._follow_embeddings(undo)
-        self._settle(adapter_name, config.inference_mode, first, before)
+        if first:
+            self.activate(adapter_name, config.inference_mode)
+        else:
+            self._wait(adapter_name, config.inference_mode, wrappers)
 
     def _device(self) -> torch.device:
         device = next(self.model.word_embeddings.parameters()).device
@@ -131,15 +133,11 @@ class PromptLearning:
                 undo.push(setattr, model, "word_embeddings", model.word_embeddings)
                 model.word_embeddings = holder
 
-    def _settle(self, adapter_name: str, inference_mode: bool, first: bool, before: set[int]) -> None:
-        holders = self.holders()
-        if first:
-            for holder in holders:
-                holder.activate([adapter_name], inference_mode)
-            return
-        for holder in holders:
-            if id(holder) not in before:
-                adopt(holder, self.encoders, adapter_name)
+    def _wait(self, adapter_name: str, inference_mode: bool, wrappers: list[AdapterHolder]) -> None:
+        """Leave the active prompt active; new wrappers take over its state."""
+        for wrapper in wrappers:
+            adopt(wrapper, self.encoders, adapter_name)
+        for holder in self.holders():
             if inference_mode:
                 holder._inference |= {adapter_name}
             holder.refresh([adapter_name])
@@ -200,7 +198,7 @@ class PromptLearning:
             for holder in enabled:
                 holder.enable_adapters(True)
 
-    # -------------------------------------------------------------------------------------------------------- what it gives
+    # --------------------------------------------------------------------------------------------------- what it gives
 
     def tokens(self, adapter_name: str) -> torch.Tensor:
         """The indices of a prompt's tokens, where its encoder is; a cache has one set for both stacks of a model."""
@@ -229,7 +227,7 @@ class PromptLearning:
             return prompt
         return encoder.cache(prompt, self.model.base_model, self.config, max_cache_len=max_cache_len)
 
-    # -------------------------------------------------------------------------------------------------------------- files
+    # ----------------------------------------------------------------------------------------------------------- files
 
     def embedding_to_save(self, adapter_name: str, state_dict: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
         """What a file holds of a prompt: (tokens, width), on the CPU.
@@ -280,8 +278,8 @@ class PromptLearning:
             )
             if not ignore_mismatched_sizes:
                 raise RuntimeError(
-                    f"The weights do not fit the adapter {adapter_name!r} (size mismatch): {lines}. Load them with the "
-                    "configuration they were trained with, or pass ignore_mismatched_sizes=True. Nothing was loaded."
+                    f"The weights do not fit the adapter {adapter_name!r} (size mismatch): {lines}. Nothing was "
+                    "loaded. Use the configuration they were trained with, or pass ignore_mismatched_sizes=True."
                 )
             warnings.warn(f"Weights of another shape are left out for the adapter {adapter_name!r}: {lines}.")
         fitting = {name: value for name, value in own.items() if name not in wrong}

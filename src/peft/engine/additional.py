@@ -101,7 +101,9 @@ class Wrapping:
     def _report_missing(self, entry: str, strict: bool) -> None:
         names = [name for name, _ in self.model.named_modules() if name]
         if any(is_suffix(name, entry) for name in names):
-            warnings.warn(f"modules_to_save: {entry!r} is inside another module that is saved as a whole, and part of it.")
+            warnings.warn(
+                f"modules_to_save: {entry!r} is inside another module that is saved as a whole, and part of it."
+            )
             return
         near = near_misses(entry, names) or near_misses(entry, {name.rsplit(".", 1)[-1] for name in names})
         hint = f" Nearest: {', '.join(near)}." if near else ""
@@ -209,7 +211,10 @@ def _set_trainable(
         wrapping = Wrapping(model, adapter_name, None, roster_of(model), undo, activate_adapter)
         wrapping.inference_mode = inference_mode
         wrapped = wrapping.all(
-            list(dict.fromkeys(module_names)), wrapper_cls or ModulesToSaveWrapper, strict=strict_module_check, **wrapper_kwargs
+            list(dict.fromkeys(module_names)),
+            wrapper_cls or ModulesToSaveWrapper,
+            strict=strict_module_check,
+            **wrapper_kwargs,
         )
         for _, holder in holders_of(model):
             if activate_adapter and adapter_name in holder._get_available_adapters():
@@ -279,6 +284,8 @@ def _tie_tokens(wrap: Wrapping, model: nn.Module, tied: list[str], indices: dict
     rows = source.token_indices[wrap.adapter_name]
     for name in tied:
         target = model.get_submodule(name)
-        if target is embedding or any(is_suffix(name, entry) and list(other) != list(rows) for entry, other in indices.items()):
+        if target is embedding or any(
+            is_suffix(name, entry) and list(other) != list(rows) for entry, other in indices.items()
+        ):
             continue
         wrap.all([name], TrainableTokensWrapper, token_indices=rows, tied_adapter=source)

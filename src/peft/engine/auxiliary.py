@@ -130,7 +130,9 @@ class AuxiliaryTrainingWrapper(nn.Module, BaseTunerLayer):
             ValueError: the new active adapters exclude each other; nothing is changed.
         """
         if new_active_adapters is not None:
-            self.roster.check([name for name in new_active_adapters if name != adapter_name], extra=new_active_adapters)
+            self.roster.check(
+                [name for name in new_active_adapters if name != adapter_name], extra=new_active_adapters
+            )
         super().delete_adapter(adapter_name)
         if new_active_adapters is not None and list(new_active_adapters) != self.active_adapters:
             self._active_adapter = list(new_active_adapters)
@@ -257,7 +259,9 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         self, adapter_name: str, token_indices: list[int], tied_adapter: TrainableTokensLayer | None
     ) -> None:
         module = self.__dict__.pop("_wrapped_at_first")
-        self.token_adapter = TrainableTokensLayer(module, adapter_name, token_indices=token_indices, tied_adapter=tied_adapter)
+        self.token_adapter = TrainableTokensLayer(
+            module, adapter_name, token_indices=token_indices, tied_adapter=tied_adapter
+        )
         self.token_adapter._active_adapter = [adapter_name]
         for parameter in module.parameters():
             set_trains(parameter, False)

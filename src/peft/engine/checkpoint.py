@@ -89,11 +89,17 @@ def set_peft_model_state_dict(
         ValueError: a tensor has NaN or infinite values.
     """
     result = load_adapter_state(
-        model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes=ignore_mismatched_sizes, assign=low_cpu_mem_usage
+        model,
+        peft_model_state_dict,
+        adapter_name,
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
+        assign=low_cpu_mem_usage,
     )
     loaded_base = {key.removeprefix(BASE_PREFIX) for key in peft_model_state_dict}
     base_names = [
-        name for name in model.state_dict() if not _is_adapter_key(model, name) and name.removeprefix(BASE_PREFIX) not in loaded_base
+        name
+        for name in model.state_dict()
+        if not _is_adapter_key(model, name) and name.removeprefix(BASE_PREFIX) not in loaded_base
     ]
     return _IncompatibleKeys([*result.missing, *base_names], result.unexpected)
 
@@ -168,7 +174,11 @@ def _embedding_entries(
         name = get_embedding_layer_name(model, layer, targeted)
         if name is not None:
             source = model.state_dict() if state_dict is None else state_dict
-            entries |= {key: value for key, value in source.items() if key.startswith(f"{name}.") and key not in taken and not _is_adapter_key(model, key)}
+            entries |= {
+                key: value
+                for key, value in source.items()
+                if key.startswith(f"{name}.") and key not in taken and not _is_adapter_key(model, key)
+            }
     return entries
 
 
@@ -202,7 +212,9 @@ def _vocabulary_was_resized(model: nn.Module, config: Any) -> bool:
         )
         return False
     if original != size:
-        warnings.warn(f"The vocabulary was resized from {original} to {size}, so the embeddings are saved with the adapter.")
+        warnings.warn(
+            f"The vocabulary was resized from {original} to {size}, so the embeddings are saved with the adapter."
+        )
     return original != size
 
 
@@ -324,7 +336,9 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in named if name is not None}
 
 
-def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], strict: bool = True) -> LoadedKeys:
+def set_base_model_state_dict(
+    model: nn.Module, state_dict: dict[str, torch.Tensor], strict: bool = True
+) -> LoadedKeys:
     """Load weights of the base model by their original names.
 
     Args:
@@ -341,7 +355,9 @@ def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, torch.Tens
     missing = [name for name in live if name not in state_dict]
     unexpected = [name for name in state_dict if name not in live]
     if strict and (missing or unexpected):
-        raise RuntimeError(f"The state dict does not fit the base model: missing {missing[:5]}, unexpected {unexpected[:5]}.")
+        raise RuntimeError(
+            f"The state dict does not fit the base model: missing {missing[:5]}, unexpected {unexpected[:5]}."
+        )
     base.load_state_dict({live[name]: value for name, value in state_dict.items() if name in live}, strict=False)
     return LoadedKeys(missing, unexpected)
 

@@ -1,6 +1,6 @@
 """Prompt encoders: the modules that prompt learning trains instead of adapting layers.
 
-`BasePromptEncoder` says what a family of encoders declares; a family is told apart by nothing else. `PromptEncoders` holds
+`BasePromptEncoder` says what a family of encoders declares; nothing else tells families apart. `PromptEncoders` holds
 the encoders of one model and takes part in the life cycle as any other module with adapters.
 """
 
@@ -18,7 +18,7 @@ from .lifecycle import AdapterHolder, Entry
 class BasePromptEncoder(nn.Module):
     """Makes the prompt of one adapter from trained parameters.
 
-    A subclass has an `embedding` and a `forward(indices)`, (batch, tokens) -> (batch, tokens, width), and declares in the
+    A subclass has an `embedding` and a `forward(indices)`, (batch, tokens) -> (batch, tokens, width), and says in the
     class attributes and methods below where it differs from one whose prompt is put before the input's embeddings.
     """
 
@@ -89,7 +89,7 @@ class BasePromptEncoder(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} leaves the loss to the base model.")
 
-    # -------------------------------------------------------------------------------------------------------------- files
+    # ----------------------------------------------------------------------------------------------------------- files
 
     def prompt_to_save(self, indices: torch.Tensor) -> torch.Tensor:
         """The prompt as a file holds it, what the encoder computes and not how: (tokens, width).

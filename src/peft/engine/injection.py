@@ -148,6 +148,8 @@ class Injection:
             maybe_condense(config, modules)
         check = self._checker()
         tied = set(getattr(config, "target_modules_to_tie", None) or ())
+        # A tied module may be the embedding itself under another name, which is not listed twice.
+        modules |= {key: self.model.get_submodule(key) for key in sorted(tied - modules.keys())}
         inside = ""
         for key, module in modules.items():
             if not key or (inside and key.startswith(inside)):
@@ -199,16 +201,16 @@ class Injection:
                 RuntimeWarning,
             )
 
-    def _place_one(self, key: str, modules: dict[str, nn.Module], undo: Undo, parameter_name: str | None = None) -> None:
+    def _place_one(
+        self, key: str, modules: dict[str, nn.Module], undo: Undo, parameter_name: str | None = None
+    ) -> None:
         parent_key, _, name = key.rpartition(".")
         parent = self.model.get_submodule(parent_key)
         target = getattr(parent, name)
         self._guard(parent, name, target, undo)
         self.tuner._check_target_module_compatiblity(self.config, self.model, key)
         extra = {} if parameter_name is None else {"parameter_name": parameter_name}
-        self.tuner._create_and_replace(
-            self.config, self.adapter_name, target, name, parent, current_key=key, **extra
-        )
+        self.tuner._create_and_replace(self.config, self.adapter_name, target, name, parent, current_key=key, **extra)
         self._note_placed(key, getattr(parent, name))
 
     def _note_placed(self, key: str, placed: nn.Module) -> None:
@@ -275,7 +277,11 @@ class Injection:
         elif not targets and not getattr(config, "target_parameters", None):
             problem = "target_modules is empty."
         else:
-            entries = without_hits(self.matcher.targets, [*self.unmatched, *self.excluded]) if hasattr(self, "matcher") else []
+            entries = (
+                without_hits(self.matcher.targets, [*self.unmatched, *self.excluded])
+                if hasattr(self, "matcher")
+                else []
+            )
             problem = f"No module matches target_modules: {'; '.join(entries) or targets}."
             if self.excluded:
                 problem += f" {len(self.excluded)} modules are ruled out by exclude_modules or modules_to_save."
@@ -292,7 +298,8 @@ class Injection:
             warnings.warn(f"exclude_modules={config.exclude_modules} excludes no module.")
         elif getattr(config, "target_modules", None) and not self.matched and self.parameters:
             warnings.warn(
-                f"target_modules={config.target_modules} matches no module; only target_parameters did.", RuntimeWarning
+                f"target_modules={config.target_modules} matches no module; only target_parameters did.",
+                RuntimeWarning,
             )
         elif getattr(config, "target_parameters", None) and not self.parameters:
             warnings.warn(
@@ -347,7 +354,11 @@ class Injection:
             roster.check(tuner.active_adapters, extra=tuner.peft_config)
         everyone = {id(holder): holder for holder in [*before.values(), *self.placed.values(), *wrappers]}
         for holder in everyone.values():
-            if bias != "none" and name in holder._get_available_adapters() and isinstance(holder, tuner.tuner_layer_cls):
+            if (
+                bias != "none"
+                and name in holder._get_available_adapters()
+                and isinstance(holder, tuner.tuner_layer_cls)
+            ):
                 holder._trains_bias_of |= {name}
             if active:
                 holder.activate(tuner.active_adapters, inference_mode=self.config.inference_mode)

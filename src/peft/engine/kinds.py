@@ -69,7 +69,9 @@ class Conv1DKind(Kind):
 
     def matches(self, layer: nn.Module) -> bool:
         # By name, so that transformers is not imported to ask.
-        return any(cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in type(layer).__mro__)
+        return any(
+            cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in type(layer).__mro__
+        )
 
     def features(self, layer: nn.Module) -> tuple[int, int]:
         weight = layer.weight

@@ -107,7 +107,11 @@ class BaseTunerLayer(AdapterHolder):
             layer = layer.out_proj
         layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
         weight = next(
-            (tensor for tensor in (getattr(layer, name, None) for name in ("weight", "qweight")) if torch.is_tensor(tensor)),
+            (
+                tensor
+                for tensor in (getattr(layer, name, None) for name in ("weight", "qweight"))
+                if torch.is_tensor(tensor)
+            ),
             None,
         )
         if weight is None:
@@ -162,7 +166,9 @@ def check_adapters_to_merge(module: AdapterHolder, adapter_names: list[str] | No
         TypeError: a string instead of a list.
     """
     if isinstance(adapter_names, str):
-        raise TypeError(f"adapter_names must be a list of names, got the string {adapter_names!r}; pass [{adapter_names!r}].")
+        raise TypeError(
+            f"adapter_names must be a list of names, got the string {adapter_names!r}; pass [{adapter_names!r}]."
+        )
     names = module.active_adapters if adapter_names is None else list(adapter_names)
     if not module.merged_adapters:
         return names
@@ -293,9 +299,7 @@ class AdapterLayer(BaseTunerLayer):
                 rows.setdefault(name, []).append(row)
         return {name: torch.tensor(index, device=device) for name, index in rows.items()}
 
-    def mixed_forward(
-        self, x: torch.Tensor, rows: dict[str, torch.Tensor], *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
+    def mixed_forward(self, x: torch.Tensor, rows: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         """The output of a batch in which each group of rows uses one adapter; the other rows use none."""
         result = self.base_layer(x, *args, **kwargs)
         for name, index in rows.items():
@@ -455,9 +459,7 @@ class AdditiveLayer(AdapterLayer):
             result = result if term is None else result + term
         return result.to(dtype)
 
-    def mixed_forward(
-        self, x: torch.Tensor, rows: dict[str, torch.Tensor], *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
+    def mixed_forward(self, x: torch.Tensor, rows: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         result = self.base_layer(x, *args, **kwargs)
         for name, index in rows.items():
             term = self.term(x[index], name)
@@ -516,16 +518,30 @@ class MultiplicativeLayer(AdapterLayer):
 
     def adapted_forward(self, x: torch.Tensor, plan: tuple, *args: Any, **kwargs: Any) -> torch.Tensor:
         kind, layer = self.kind, self.get_base_layer()
-        weight = kind.flip(self.get_base_weight())
+        tensors = self._tensors_below()
+        weight = kind.flip(tensors[kind.weight_name])
         for adapter in plan:
             weight = self.adapted_weight(weight, adapter)
         dtype = x.dtype if x.is_floating_point() else layer.weight.dtype
         # The base layer's own forward with another weight: every subclass, padding mode and option stays its own.
-        tensors = {name: tensor.to(weight.dtype) for name, tensor in self._other_tensors().items()}
+        tensors = {name: tensor.to(weight.dtype) for name, tensor in tensors.items()}
         tensors[kind.weight_name] = kind.flip(weight)
         if x.is_floating_point():
             x = x.to(weight.dtype)
         return kind.call_with(layer, tensors, x, *args, **kwargs).to(dtype)
+
+    def _tensors_below(self) -> dict[str, torch.Tensor]:
+        """The base layer's tensors, as the tuner layers between it and this one adapt them."""
+        tensors = {**self._other_tensors(), self.kind.weight_name: self.get_base_weight()}
+        between, layer = [], self.base_layer
+        while isinstance(layer, AdapterLayer):
+            between, layer = [layer, *between], layer.base_layer
+        for layer in between:
+            held = layer._get_available_adapters() if layer.plan else ()
+            for adapter in layer.active_adapters:
+                if adapter in held:
+                    tensors |= layer.fold(tensors, adapter)
+        return tensors
 
     def _other_tensors(self) -> dict[str, torch.Tensor]:
         bias = getattr(self.get_base_layer(), self.kind.bias_name, None)

@@ -92,7 +92,11 @@ class Entry:
     @property
     def tensor(self) -> torch.Tensor:
         owner = self.owner
-        return owner._parameters[self.attribute] if self.attribute in owner._parameters else owner._buffers[self.attribute]
+        return (
+            owner._parameters[self.attribute]
+            if self.attribute in owner._parameters
+            else owner._buffers[self.attribute]
+        )
 
     def saved_as(self, name: str) -> Entry:
         return replace(self, saved=name)

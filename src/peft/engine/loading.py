@@ -62,6 +62,6 @@ def _to_base_device(holder: BaseTunerLayer, adapter_name: str) -> None:
                     entry.to(device)
             elif torch.is_tensor(entry) and entry.device != device:
                 moved = entry.data.to(device)
-                container[adapter_name] = nn.Parameter(moved, entry.requires_grad) if isinstance(entry, nn.Parameter) else moved
-
-
+                container[adapter_name] = (
+                    nn.Parameter(moved, entry.requires_grad) if isinstance(entry, nn.Parameter) else moved
+                )

@@ -42,6 +42,13 @@ class LoadResult:
     """Names in the file that the model has no place for."""
 
 
+def base_model_of(model: nn.Module) -> nn.Module:
+    """The base model inside a `PeftModel` or `PeftMixedModel`; the model itself if it is neither."""
+    if getattr(model, "is_mixed", False):
+        return model.base_model.model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 class AdapterState:
     """The tensors of one adapter in one model.
 
@@ -55,7 +62,8 @@ class AdapterState:
         if adapter_name not in configs:
             near = near_misses(adapter_name, configs)
             raise KeyError(
-                f"There is no adapter {adapter_name!r}; known are {sorted(configs)}." + (f" Nearest: {near}." if near else "")
+                f"There is no adapter {adapter_name!r}; known are {sorted(configs)}."
+                + (f" Nearest: {near}." if near else "")
             )
         self.model, self.adapter_name, self.config = model, adapter_name, configs[adapter_name]
         self.tuner_cls = method(self.config.peft_type).model_cls
@@ -68,10 +76,26 @@ class AdapterState:
                 continue  # a wrapper speaks for what is inside it
             if isinstance(holder, AuxiliaryTrainingWrapper):
                 inside = f"{name}."
-            yield from _prefixed(name, holder.state_entries(self.adapter_name))
+            yield from self._prefixed(name, holder.state_entries(self.adapter_name))
         tuner = getattr(self.model, "base_model", None)
         if tuner is not None and hasattr(tuner, "shared_state_entries"):
-            yield from _prefixed("base_model", tuner.shared_state_entries(self.adapter_name))
+            yield from self._prefixed("base_model", tuner.shared_state_entries(self.adapter_name))
+
+    def _prefixed(self, name: str, entries: Iterator[Entry]) -> Iterator[Slot]:
+        live, saved = (f"{path}." if path else "" for path in (name, self._file_name(name)))
+        for entry in entries:
+            yield Slot(live + entry.live, saved + entry.saved, entry)
+
+    def _file_name(self, name: str) -> str:
+        """A holder's name without the layers of other adapters' methods around it, which a file knows nothing of."""
+        module: Any = self.model
+        parts = []
+        for part in name.split("."):
+            foreign = isinstance(module, BaseTunerLayer) and self.adapter_name not in module._get_available_adapters()
+            if not (foreign and part == "base_layer"):
+                parts.append(part)
+            module = module._modules.get(part)
+        return ".".join(parts)
 
     # --------------------------------------------------------------------------------------------------------- reading
 
@@ -136,7 +160,9 @@ class AdapterState:
         extra = {key: value for key, value in state.items() if key not in self.slots}
         base, unexpected = self._base_tensors(extra)
         self._check_shapes(plan, base, ignore_mismatched_sizes)
-        check_finite({key: value for key, (_, value) in plan.items()} | {key: value for key, (_, value) in base.items()})
+        check_finite(
+            {key: value for key, (_, value) in plan.items()} | {key: value for key, (_, value) in base.items()}
+        )
         with torch.no_grad():
             for slot, value in plan.values():
                 _store(slot.entry, value, assign)
@@ -152,9 +178,7 @@ class AdapterState:
         key = key.removeprefix("_orig_mod.")
         if "lora_magnitude_vector.weight" in key:
             key = key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
-        if not hasattr(self.model, "base_model") or not hasattr(self.model, "peft_type"):
-            return key.removeprefix(BASE_PREFIX)
-        return key
+        return key if base_model_of(self.model) is not self.model else key.removeprefix(BASE_PREFIX)
 
     def _base_tensors(
         self, extra: dict[str, torch.Tensor]
@@ -184,18 +208,14 @@ class AdapterState:
         lines = "; ".join(f"{key}: expected {expected}, found {found}" for key, expected, found in wrong[:5])
         rest = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         if ignore:
-            warnings.warn(f"Weights of another shape are left out for the adapter {self.adapter_name!r}: {lines}{rest}.")
+            warnings.warn(
+                f"Weights of another shape are left out for the adapter {self.adapter_name!r}: {lines}{rest}."
+            )
             return
         raise RuntimeError(
             f"The weights do not fit the adapter {self.adapter_name!r} (size mismatch): {lines}{rest}. Load them with the "
             "configuration they were trained with, or pass ignore_mismatched_sizes=True. Nothing was loaded."
         )
-
-
-def _prefixed(name: str, entries: Iterator[Entry]) -> Iterator[Slot]:
-    prefix = f"{name}." if name else ""
-    for entry in entries:
-        yield Slot(prefix + entry.live, prefix + entry.saved, entry)
 
 
 def _needs_state_dict(model: nn.Module) -> bool:

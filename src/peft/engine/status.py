@@ -116,7 +116,9 @@ def _buffer_devices(holder: AdapterHolder) -> Iterable[tuple[str, str]]:
         container = holder._modules.get(attribute)
         if isinstance(container, nn.Module):
             for adapter in container.keys():
-                tensors = container[adapter].buffers() if isinstance(container[adapter], nn.Module) else [container[adapter]]
+                tensors = (
+                    container[adapter].buffers() if isinstance(container[adapter], nn.Module) else [container[adapter]]
+                )
                 yield from ((adapter, tensor.device.type) for tensor in tensors if torch.is_tensor(tensor))
 
 

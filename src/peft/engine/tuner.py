@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ..utils.error import NoMatchingPeftModuleError
 from ..utils.naming import check_adapter_name
+from ..utils.registry import METHODS
 from .backends import resolve_quantization_backend
 from .injection import AdapterConfigs, Injection
 from .kinds import kind_of
@@ -68,9 +69,7 @@ class BaseTuner(nn.Module, ABC):
             self.peft_config = self._join_configs(model, configs, undo)
             self.active_adapter: str | list[str] = adapter_name
             self._pre_injection_hook(self.model, self.peft_config[adapter_name], adapter_name)
-            self.inject_adapter(
-                self.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
-            )
+            self.inject_adapter(self.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
             self._post_injection_hook(self.model, self.peft_config[adapter_name], adapter_name)
         self.model.peft_config = self.peft_config
 
@@ -221,11 +220,20 @@ class BaseTuner(nn.Module, ABC):
     ) -> None:
         """Give a target the adapter: wrap it, or add to the layer that it is already."""
         options = self.layer_options(peft_config, adapter_name, current_key, target)
-        if isinstance(target, self.tuner_layer_cls):
+        if self._owns(target):
             target.update_layer(adapter_name, config=peft_config, **options)
         else:
             new_module = self._create_new_module(peft_config, adapter_name, target, **options)
             self._replace_module(parent, target_name, new_module, target)
+
+    def _owns(self, module: nn.Module) -> bool:
+        """Whether a module is a layer of this method, and not of one whose layers derive from this method's."""
+        derived = (getattr(entry.model_cls, "tuner_layer_cls", None) for entry in METHODS.values())
+        return isinstance(module, self.tuner_layer_cls) and not any(
+            isinstance(module, cls) and issubclass(cls, self.tuner_layer_cls) and cls is not self.tuner_layer_cls
+            for cls in derived
+            if cls is not None
+        )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Put a layer in the place of the module that it wraps."""
@@ -385,7 +393,8 @@ class BaseTuner(nn.Module, ABC):
         """
         self._check_merge_allowed()
         with Undo() as undo:
-            for _, holder in self.holders:
+            # Backwards: of layers around each other the inner one is applied first, so it is merged first.
+            for _, holder in reversed(self.holders):
                 with onload_layer(holder):
                     before = list(holder.merged_adapters)
                     undo.push(_set_merged, holder, before)
@@ -393,8 +402,8 @@ class BaseTuner(nn.Module, ABC):
 
     def unmerge_adapter(self) -> None:
         """Bring the base weights back as they were before merging."""
-        # Backwards: layers that share a weight were merged one on top of the other.
-        for _, holder in reversed(self.holders):
+        # The other way round than merging: layers that share a weight were merged one on top of the other.
+        for _, holder in self.holders:
             with onload_layer(holder):
                 holder.unmerge()
 
@@ -437,7 +446,9 @@ class BaseTuner(nn.Module, ABC):
         ties = _TiedEmbeddings(self.model)
         inside: tuple[str, ...] = ()
         names = [name for name, _ in self.holders]
-        for name, holder in tqdm(list(self.holders), disable=not progressbar, desc="Unloading " + ("and merging" if merge else "")):
+        for name, holder in tqdm(
+            list(self.holders), disable=not progressbar, desc="Unloading " + ("and merging" if merge else "")
+        ):
             if inside and name.startswith(inside):
                 continue
             inside = (f"{name}.",)
@@ -526,7 +537,9 @@ class _TiedEmbeddings:
         if any(weight is None for weight in weights) or weights[0].data_ptr() == weights[1].data_ptr():
             return
         config.tie_word_embeddings = False
-        warnings.warn("The word embeddings are no longer tied after merging; config.tie_word_embeddings is set to False.")
+        warnings.warn(
+            "The word embeddings are no longer tied after merging; config.tie_word_embeddings is set to False."
+        )
 
 
 def _correct_fan_in_fan_out(config: Any, base: nn.Module) -> None:

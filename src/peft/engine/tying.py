@@ -81,7 +81,11 @@ def check_tied_weights(tuner: BaseTuner, config: Any, model: nn.Module) -> None:
             )
     elif tied and (in_saved or in_targets) and not getattr(tuner, "keeps_ties_itself", False):
         where = "modules_to_save" if in_saved else "target_modules"
-        remedy = "set ensure_weight_tying=True to keep them tied" if ensure is False else f"{type(config).__name__} cannot keep them tied"
+        remedy = (
+            "set ensure_weight_tying=True to keep them tied"
+            if ensure is False
+            else f"{type(config).__name__} cannot keep them tied"
+        )
         warnings.warn(f"{tied} are tied to the input embedding, and {where} has one of them: {remedy}.")
 
 

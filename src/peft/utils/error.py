@@ -24,3 +24,7 @@ class ConfigFileError(PeftError, ValueError, KeyError, TypeError):
 
 class SaveLocationError(PeftError, ValueError, AssertionError):
     """A folder was asked for and something else is there."""
+
+
+class UnsupportedTableError(PeftError, ValueError, AttributeError):
+    """Rows of tokens are to be trained in a module that has no table of tokens."""

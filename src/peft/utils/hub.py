@@ -11,7 +11,11 @@ def is_offline() -> bool:
     """Whether the environment says that the hub must not be asked."""
     import huggingface_hub.constants
 
-    return bool(huggingface_hub.constants.HF_HUB_OFFLINE) or os.environ.get("TRANSFORMERS_OFFLINE", "0") in ("1", "true", "True")
+    return bool(huggingface_hub.constants.HF_HUB_OFFLINE) or os.environ.get("TRANSFORMERS_OFFLINE", "0") in (
+        "1",
+        "true",
+        "True",
+    )
 
 
 def download_parameters() -> set[str]:
@@ -26,7 +30,9 @@ def cached_file(repo_id: str, filename: str, **kwargs: Any) -> str:
     from huggingface_hub import hf_hub_download
 
     known = download_parameters()
-    return hf_hub_download(repo_id, filename, **{key: value for key, value in kwargs.items() if key in known and value is not None})
+    return hf_hub_download(
+        repo_id, filename, **{key: value for key, value in kwargs.items() if key in known and value is not None}
+    )
 
 
 def file_exists(repo_id: str, filename: str, **kwargs: Any) -> bool | None:
@@ -43,7 +49,9 @@ def file_exists(repo_id: str, filename: str, **kwargs: Any) -> bool | None:
         return None
     subfolder = kwargs.pop("subfolder", None)
     path = f"{subfolder}/{filename}" if subfolder else filename
-    known = {key: value for key, value in kwargs.items() if key in ("revision", "repo_type", "token") and value is not None}
+    known = {
+        key: value for key, value in kwargs.items() if key in ("revision", "repo_type", "token") and value is not None
+    }
     try:
         return ask(repo_id, path, **known)
     except OSError:

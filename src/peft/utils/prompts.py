@@ -45,8 +45,8 @@ def _prepare_prompt_learning_config(peft_config: PromptLearningConfig, model_con
             value = next((found[name] for name in names if found.get(name) is not None), None)
             if value is None:
                 raise ValueError(
-                    f"{field} of {type(peft_config).__name__} is not set, and the base model's configuration has none of "
-                    f"{', '.join(names)} to take it from. Set {field}."
+                    f"{field} of {type(peft_config).__name__} is not set, and the base model's configuration has none "
+                    f"of {', '.join(names)} to take it from. Set {field}."
                 )
             setattr(peft_config, field, value)
     method(peft_config.peft_type).model_cls.complete_config(peft_config, found)
@@ -113,8 +113,8 @@ def create_attention_mask(
         position_ids: (batch, tokens), positions of the new tokens.
 
     Returns:
-        (batch, 1, new tokens, all tokens), bool or float; a dictionary of such by kind of layer for a model with several
-        kinds; None where the model needs no mask.
+        (batch, 1, new tokens, all tokens), bool or float; a dictionary of such by kind of layer for a model with
+        several kinds; None where the model needs no mask.
     """
     from transformers.masking_utils import (
         create_masks_for_generate,

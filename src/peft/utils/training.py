@@ -68,10 +68,7 @@ def _clear_cache() -> None:
 def _checkpoint_gradients(model: nn.Module, options: dict[str, Any]) -> None:
     if options.get("use_reentrant", True):
         # A re-entrant segment gives its weights gradients only if its input asks for one.
-        if hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()
-        else:
-            model.get_input_embeddings().register_forward_hook(_require_grad_of_output)
+        require_input_grads(model)
     enable = getattr(model, "gradient_checkpointing_enable", None)
     if enable is None:
         return
@@ -85,6 +82,18 @@ def _checkpoint_gradients(model: nn.Module, options: dict[str, Any]) -> None:
             FutureWarning,
         )
     enable()
+
+
+def require_input_grads(model: nn.Module) -> None:
+    """Let the output of a model's input embeddings require grad; nothing for a model without embeddings.
+
+    Args:
+        model: a transformers model, or one with `get_input_embeddings`.
+    """
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+    elif hasattr(model, "get_input_embeddings"):
+        model.get_input_embeddings().register_forward_hook(_require_grad_of_output)
 
 
 def _takes_options(enable: Callable[..., Any]) -> bool:

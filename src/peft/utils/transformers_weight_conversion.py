@@ -27,7 +27,7 @@ from transformers.core_model_loading import (
 from ..config import PeftConfig
 from ..engine.fused_experts import FusedExperts, convert_peft_config_for_transformers, fused_experts
 from ..engine.matching import _maybe_include_all_linear_layers, check_target_module_exists
-from ..engine.state import BASE_PREFIX, AdapterState
+from ..engine.state import BASE_PREFIX, AdapterState, base_model_of
 from .constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from .peft_types import PeftType
 from .registry import all_methods, method
@@ -277,7 +277,7 @@ def convert_peft_adapter_state_dict_for_transformers(
     Returns:
         Tensors by the names on disk that they have today; the same dictionary where nothing is to be done.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model_of(model)
     if peft_config.peft_type != PeftType.LORA or not isinstance(base, PreTrainedModel):
         return adapter_state_dict
     known = (

@@ -12,8 +12,8 @@ from ...utils.peft_types import PeftType
 class FourierFTConfig(PeftConfig):
     """Fourier fine-tuning (arXiv 2405.03003): ΔW is the inverse Fourier transform of a sparse spectrum.
 
-    Where the frequencies are is not saved with the weights but drawn again from `random_loc_seed`, so an adapter can be
-    used only with the configuration that it was trained with.
+    Where the frequencies are is not saved with the weights but drawn again from `random_loc_seed`, so an adapter can
+    be used only with the configuration that it was trained with.
 
     Args:
         n_frequency: trained entries of the spectrum of each layer.
@@ -62,8 +62,8 @@ class FourierFTConfig(PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
-                f"layers_pattern={self.layers_pattern!r} says where layers are numbered; set layers_to_transform to say "
-                "which of them."
+                f"layers_pattern={self.layers_pattern!r} says where layers are numbered; set layers_to_transform to "
+                "say which of them."
             )
 
 

@@ -58,13 +58,13 @@ class FourierFTLayer(AdditiveLayer):
         shape = self._matrix_shape()
         if not 0 < n_frequency <= math.prod(shape):
             raise ValueError(
-                f"{where}: n_frequency of the adapter {adapter_name!r} must be from 1 to {math.prod(shape)}, the size of "
-                f"the {shape[0]} x {shape[1]} weight, got {n_frequency}."
+                f"{where}: n_frequency of the adapter {adapter_name!r} must be from 1 to {math.prod(shape)}, the size "
+                f"of the {shape[0]} x {shape[1]} weight, got {n_frequency}."
             )
         if config.random_loc_seed is None:
             raise RuntimeError(
-                f"{where}: the adapter {adapter_name!r} needs an integer as random_loc_seed, got None: the places of its "
-                "frequencies are not saved and are drawn again from it."
+                f"{where}: the adapter {adapter_name!r} needs an integer as random_loc_seed, got None: the places of "
+                "its frequencies are not saved and are drawn again from it."
             )
         self.fourierft_n_frequency[adapter_name] = n_frequency
         self.fourierft_scaling[adapter_name] = config.scaling

@@ -43,9 +43,7 @@ class FourierFTModel(BaseTuner):
         "conv3d": FourierFTConv3d,
     }
 
-    def layer_options(
-        self, config: FourierFTConfig, adapter_name: str, key: str, target: nn.Module
-    ) -> dict[str, Any]:
+    def layer_options(self, config: FourierFTConfig, adapter_name: str, key: str, target: nn.Module) -> dict[str, Any]:
         patterns = config.n_frequency_pattern or {}
         return {"n_frequency": patterns.get(get_pattern_key(patterns, key), config.n_frequency), "target_name": key}
 

@@ -58,8 +58,8 @@ class HRALayer(MultiplicativeLayer):
         self.hra_u[adapter_name] = nn.Parameter(self.empty(self._size(), r))
         if config.init_weights and config.apply_GS:
             warnings.warn(
-                f"{where}: with apply_GS=True the adapter {adapter_name!r} does not start as the identity: the second of "
-                "each pair of equal directions adds nothing to the first until training tells them apart."
+                f"{where}: with apply_GS=True the adapter {adapter_name!r} does not start as the identity: the second "
+                "of each pair of equal directions adds nothing to the first until training tells them apart."
             )
         if config.init_weights:
             self.reset_hra_parameters(adapter_name)
@@ -136,9 +136,7 @@ class _Layer(HRALayer, nn.Module):
         r: number of reflections.
     """
 
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: HRAConfig, r: int = 0, **kwargs: Any
-    ) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: HRAConfig, r: int = 0, **kwargs: Any) -> None:
         nn.Module.__init__(self)
         HRALayer.__init__(self, base_layer, **kwargs)
         self.update_layer(adapter_name, r, config=config, **kwargs)
@@ -177,7 +175,10 @@ class HRALinear(_Layer):
 
 
 class _HRAConvNd(_Layer):
-    """HRA on a convolution: W is taken as (out, C·k·k), C the input channels of a group, and H is the same for all groups."""
+    """HRA on a convolution: W is taken as (out, C·k·k), C the input channels of a group.
+
+    H is the same for all groups.
+    """
 
 
 class HRAConv1d(_HRAConvNd):

@@ -78,7 +78,9 @@ class BdLoraConfig:
     def __post_init__(self) -> None:
         both = sorted(set(self.target_modules_bd_a or ()) & set(self.target_modules_bd_b or ()))
         if both:
-            raise ValueError(f"{both} are in target_modules_bd_a and in target_modules_bd_b; only one factor is block-diagonal.")
+            raise ValueError(
+                f"{both} are in target_modules_bd_a and in target_modules_bd_b; only one factor is block-diagonal."
+            )
 
 
 @dataclass
@@ -283,7 +285,15 @@ class LoraConfig(PeftConfig):
     init_lora_weights: (
         bool
         | Literal[
-            "gaussian", "eva", "olora", "pissa", "pissa_niter_[number of iters]", "corda", "loftq", "orthogonal", "mica"
+            "gaussian",
+            "eva",
+            "olora",
+            "pissa",
+            "pissa_niter_[number of iters]",
+            "corda",
+            "loftq",
+            "orthogonal",
+            "mica",
         ]
     ) = True
     layers_to_transform: list[int] | int | None = None

@@ -60,7 +60,9 @@ def find_initialiser(value: str) -> Initialiser:
     if name not in INITIALISERS:
         near = near_misses(value.lower(), INITIALISERS)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise ValueError(f"init_lora_weights={value!r} is none of True, False, {', '.join(map(repr, sorted(INITIALISERS)))}.{hint}")
+        raise ValueError(
+            f"init_lora_weights={value!r} is none of True, False, {', '.join(map(repr, sorted(INITIALISERS)))}.{hint}"
+        )
     return INITIALISERS[name]
 
 

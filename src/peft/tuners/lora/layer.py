@@ -77,7 +77,9 @@ class LoraLayer(AdditiveLayer):
         Raises:
             ValueError: this kind of layer does not support it.
         """
-        return resolve_variant(self.lora_variants, requested_variants(config), where=self._label or type(self).__name__)
+        return resolve_variant(
+            self.lora_variants, requested_variants(config), where=self._label or type(self).__name__
+        )
 
     # ------------------------------------------------------------------------------------------------------ adding
 
@@ -169,14 +171,21 @@ class LoraLayer(AdditiveLayer):
         result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
+        return self._with_terms(x, result, plan)
+
+    def _with_terms(self, x: torch.Tensor, result: torch.Tensor, plan: tuple) -> torch.Tensor:
         dtype = result.dtype
         for adapter, variant in plan:
             x = self._cast_term_input(x, self.factor_dtype(adapter))
             if variant is None:
-                result = result + self.term(x, adapter)
+                result = self._add_term(x, result, adapter)
             else:
                 result = variant.forward(self, active_adapter=adapter, x=x, result=result)
-        return result.to(dtype)
+        return result if result.dtype is dtype else result.to(dtype)
+
+    def _add_term(self, x: torch.Tensor, result: torch.Tensor, adapter: str) -> torch.Tensor:
+        """The output with what one plain adapter adds."""
+        return result + self.term(x, adapter)
 
     def term(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
         """s·B(A(dropout(x))), without forming B·A."""
@@ -227,7 +236,11 @@ class LoraLayer(AdditiveLayer):
     def state_entries(self, adapter: str):
         """As the engine's, but a DoRA magnitude is saved without the `.weight` of the module that holds it."""
         for entry in super().state_entries(adapter):
-            yield entry.saved_as(entry.saved.removesuffix(".weight")) if "lora_magnitude_vector" in entry.saved else entry
+            yield (
+                entry.saved_as(entry.saved.removesuffix(".weight"))
+                if "lora_magnitude_vector" in entry.saved
+                else entry
+            )
 
     def __repr__(self) -> str:
         return f"lora.{super().__repr__()}"
@@ -238,6 +251,32 @@ def _product(B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
     if A.device.type == "cpu" and A.dtype in (torch.float16, torch.bfloat16):
         return (B.float() @ A.float()).to(A.dtype)
     return B @ A
+
+
+def _is_bare(factor: nn.Module) -> bool:
+    """Whether calling a factor is nothing but its product: no bias, no hook, no wrapper of a sharding library."""
+    return (
+        type(factor) is nn.Linear
+        and factor._parameters["bias"] is None
+        and not factor._forward_hooks
+        and not factor._forward_pre_hooks
+        and not factor._backward_hooks
+        and not factor._backward_pre_hooks
+    )
+
+
+def add_product(result: torch.Tensor, hidden: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
+    """result + s·hidden·Bᵀ in one kernel.
+
+    Args:
+        result: (..., out).
+        hidden: (..., r).
+        B: (out, r).
+        scaling: s.
+    """
+    if result.dim() == 2:
+        return torch.addmm(result, hidden, B.T, alpha=scaling)
+    return torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), B.T, alpha=scaling).view(result.shape)
 
 
 class Linear(LoraLayer, nn.Module):
@@ -275,6 +314,32 @@ class Linear(LoraLayer, nn.Module):
     def _share_factors(self, adapter_name: str, tied: dict[str, torch.Tensor]) -> None:
         self.lora_A[adapter_name].weight = nn.Parameter(tied["lora_A"])
         self.lora_B[adapter_name].weight = nn.Parameter(tied["lora_B"])
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer's output plus s·B·A·x of the active adapters.
+
+        Args:
+            x: (..., in).
+            args: the base layer's further arguments.
+            kwargs: the same; `adapter_names` makes it a mixed batch.
+
+        Returns:
+            (..., out) in the base layer's dtype.
+        """
+        plan, roster = self._plan, self._roster
+        if plan is None or kwargs or (roster is not None and roster.batch is not None):
+            return super().forward(x, *args, **kwargs)
+        result = self._modules["base_layer"](x, *args)
+        return self._with_terms(x, result, plan) if plan else result
+
+    def _add_term(self, x: torch.Tensor, result: torch.Tensor, adapter: str) -> torch.Tensor:
+        modules = self._modules
+        A, B = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
+        if not (_is_bare(A) and _is_bare(B) and result.dtype is x.dtype is A._parameters["weight"].dtype):
+            return result + self.term(x, adapter)
+        dropout = modules["lora_dropout"]._modules[adapter]
+        hidden = F.linear(x if type(dropout) is nn.Identity else dropout(x), A._parameters["weight"])
+        return add_product(result, hidden, B._parameters["weight"], self.scaling[adapter])
 
     def _add_plain_terms(self, x: torch.Tensor, result: torch.Tensor, rows: dict[str, torch.Tensor]) -> torch.Tensor:
         if len(rows) < 2 or x.dim() not in (2, 3) or any(self.lora_bias[name] for name in rows):
@@ -340,7 +405,9 @@ class Embedding(LoraLayer, nn.Module):
 
     def _check_config(self, adapter_name: str, r: int, config: LoraConfig) -> None:
         if config.lora_bias:
-            raise ValueError(f"{self._label or 'An embedding'} has no bias: lora_bias is not supported on an Embedding.")
+            raise ValueError(
+                f"{self._label or 'An embedding'} has no bias: lora_bias is not supported on an Embedding."
+            )
 
     def _make_factors(self, adapter_name: str, r: int, bias: bool) -> None:
         self.lora_embedding_A[adapter_name] = nn.Parameter(self.empty(r, self.in_features))

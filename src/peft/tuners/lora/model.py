@@ -12,6 +12,7 @@ from torch import nn
 from ...engine.layer import AdapterLayer, BaseTunerLayer
 from ...engine.matching import get_pattern_key, is_suffix
 from ...engine.replication import replicate_layers
+from ...engine.state import base_model_of
 from ...engine.tuner import BaseTuner
 from ...engine.tying import input_embedding_name, save_tied_copies
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -75,7 +76,9 @@ class LoraModel(BaseTuner):
         """The factors of a head that is tied to the embedding: the embedding's, swapped and transposed."""
         embedding = self.model.get_input_embeddings()
         if not isinstance(embedding, Embedding):
-            raise ValueError("ensure_weight_tying needs the input embedding to be adapted as well; add it to target_modules.")
+            raise ValueError(
+                "ensure_weight_tying needs the input embedding to be adapted as well; add it to target_modules."
+            )
         return {
             "lora_A": embedding.lora_embedding_B[adapter_name].data.T,
             "lora_B": embedding.lora_embedding_A[adapter_name].data.T,
@@ -110,7 +113,9 @@ class LoraModel(BaseTuner):
         layer = ParamWrapper(target, adapter_name, parameter_name=parameter_name, config=lora_config, **options)
         self._replace_module(parent, target_name, layer, target)
 
-    def _create_new_module(self, lora_config: LoraConfig, adapter_name: str, target: nn.Module, **options: Any) -> nn.Module:
+    def _create_new_module(
+        self, lora_config: LoraConfig, adapter_name: str, target: nn.Module, **options: Any
+    ) -> nn.Module:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         for base_cls, layer_cls in (lora_config._custom_modules or {}).items():
             if isinstance(base, base_cls):
@@ -128,7 +133,7 @@ class LoraModel(BaseTuner):
         model: nn.Module, config: LoraConfig, adapter_name: str, state: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """A file's tensors under the names, and in the layout, that this release of transformers gives the model."""
-        conversion = weight_conversion(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        conversion = weight_conversion(base_model_of(model))
         if conversion is None:
             return state
         return conversion.convert_peft_adapter_state_dict_for_transformers(model, config, state, adapter_name)

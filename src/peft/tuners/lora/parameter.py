@@ -54,7 +54,9 @@ class ParamWrapper(LoraLayer, nn.Module):
         LoraLayer.__init__(self, base_layer, **kwargs)
         parameter = self.get_param()
         if parameter.dim() not in (2, 3):
-            raise ValueError(f"The parameter {parameter_name!r} has {parameter.dim()} dimensions; 2 and 3 can be adapted.")
+            raise ValueError(
+                f"The parameter {parameter_name!r} has {parameter.dim()} dimensions; 2 and 3 can be adapted."
+            )
         self.num_experts = parameter.shape[0] if parameter.dim() == 3 else 1
         self.is_transposed = parameter.dim() == 3 and bool(getattr(self.get_base_layer(), "is_transposed", False))
         out_features, in_features = parameter.shape[-2:]

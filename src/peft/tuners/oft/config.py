@@ -22,12 +22,12 @@ class OFTConfig(PeftConfig):
     Exactly one of `r` and `oft_block_size` is given; the other follows. One that does not divide the layer's size is
     replaced by the nearest divisor.
 
-    The series (`use_cayley_neumann`) approximates the transpose of what the exact form gives. Adapters are trained with
-    one or the other, so both stay as they are, and changing the option on a trained adapter inverts its rotation.
+    The series (`use_cayley_neumann`) approximates the transpose of what the exact form gives. Adapters are trained
+    with one or the other, so both stay as they are, and changing the option on a trained adapter inverts its rotation.
 
-    Adapters with a `peft_version` before 0.22 compute what they were trained with: on convolutions a window larger than
-    1 is rotated as described in `peft.tuners.oft.rotation.rotate_and_fold`, blocks may reach across the groups of a
-    convolution, and `module_dropout` has no effect.
+    Adapters with a `peft_version` before 0.22 compute what they were trained with: on a `Conv2d`, a window larger than
+    1 is rotated as `peft.tuners.oft.rotation.rotate_and_fold` describes and blocks may reach across the groups, and
+    `module_dropout` has no effect.
 
     Args:
         r: number of blocks; 0 to follow from `oft_block_size`.
@@ -99,15 +99,15 @@ class OFTConfig(PeftConfig):
         """
         if "oft_block_size" not in kwargs:
             raise ValueError(
-                "This OFT adapter has no oft_block_size, so it was made before version 0.16, by a method of the same "
-                "name that this one cannot read. Train it anew, or merge it with the version it was made with."
+                "This OFT adapter has no oft_block_size, so it was made by an earlier method of the same name, which "
+                "has other parameters. Train it anew, or merge it with the version that it was made with."
             )
         # A file that does not say its version is older than those that do.
         kwargs["peft_version"] = kwargs.get("peft_version") or "0.0.0"
         if kwargs.get("use_cayley_neumann", False) and _release(kwargs["peft_version"]) < _FIRST_WITH_SERIES:
             warnings.warn(
-                "The series of the Cayley transform (use_cayley_neumann) changed in version 0.18, and this OFT adapter "
-                f"was made with {kwargs['peft_version']}: its output differs a little from what it was then."
+                "The series of the Cayley transform (use_cayley_neumann) changed in version 0.18, and this OFT "
+                f"adapter was made with {kwargs['peft_version']}: its output may differ from what it was then."
             )
         return kwargs
 

@@ -67,8 +67,8 @@ class OFTLayer(MultiplicativeLayer):
         """
         if config.init_weights is not True and config.init_weights is not False:
             raise ValueError(
-                f"{self._where(kwargs)}: init_weights of the adapter {adapter_name!r} must be True (the identity) or False "
-                f"(random rotations), got {config.init_weights!r}."
+                f"{self._where(kwargs)}: init_weights of the adapter {adapter_name!r} must be True (the identity) or "
+                f"False (random rotations), got {config.init_weights!r}."
             )
         blocks, size = self._layout(r, config, self._where(kwargs))
         self.r[adapter_name], self.oft_block_size[adapter_name] = blocks, size
@@ -112,7 +112,9 @@ class OFTLayer(MultiplicativeLayer):
         name, wanted, found = ("r", r, blocks) if r else ("oft_block_size", config.oft_block_size, size)
         if wanted != found:
             whole = f"{part}" if part == total else f"{part}, its size in each of {total // part} groups"
-            warnings.warn(f"{where}: {name}={wanted} does not divide {whole}; used are {blocks} blocks of size {size}.")
+            warnings.warn(
+                f"{where}: {name}={wanted} does not divide {whole}; used are {blocks} blocks of size {size}."
+            )
         return blocks, size
 
     def adjust_oft_parameters(self, in_features: int, params: int) -> int:
@@ -297,9 +299,9 @@ class _ConvNd(_Layer):
     each group, and a block lies within one of them.
 
     Adapters from versions before 0.22 (see `OFTConfig`) go on computing what they were trained with. Those on a
-    `Conv2d` with a larger window rotate the patches of the input and add these up again, which is no convolution: merging
-    gives the weight W·Tᵀ, as it did there, and warns that the output differs from the forward's. Those whose blocks
-    reach across groups cannot be merged.
+    `Conv2d` with a larger window rotate the patches of the input and add these up again, which is no convolution:
+    merging gives the weight W·Tᵀ, as it did there, and warns that the output differs from the forward's. Those whose
+    blocks reach across groups cannot be merged.
     """
 
     @property
@@ -367,8 +369,8 @@ class _ConvNd(_Layer):
         if part % size:
             raise NotImplementedError(
                 f"{self._label or 'A convolution'} has {groups} groups of size {part}, and the blocks of the adapter "
-                f"{adapter!r} have size {size} and reach across them: there is no weight to merge it into. Block sizes "
-                f"that divide {part} can be merged, such as {self.adjust_oft_parameters(part, size)}."
+                f"{adapter!r} have size {size} and reach across them: there is no weight to merge it into. Block "
+                f"sizes that divide {part} can be merged, such as {self.adjust_oft_parameters(part, size)}."
             )
         # One filter of each group side by side: (out/groups, groups·part).
         beside = weight.reshape(groups, -1, part).transpose(0, 1).flatten(1)
@@ -383,7 +385,7 @@ class _ConvNd(_Layer):
         folding = [name for name in self.merged_adapters if self._folds(name)]
         if folding:
             warnings.warn(
-                f"{self._label or 'A convolution'}: the adapters {folding} come from a version of OFT before 0.22, which "
+                f"{self._label or 'A convolution'}: the adapters {folding} come from a version before 0.22, which "
                 "computed something else than a convolution. Merged, they give another output than before."
             )
 

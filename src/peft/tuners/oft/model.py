@@ -56,8 +56,8 @@ class OFTModel(BaseTuner):
         former = sorted(key for key in state if ".oft_r." in key)
         if former:
             raise ValueError(
-                f"The weights for the adapter {adapter_name!r} were made before version 0.16, by a method of the same "
-                f"name that this one cannot read: expected names with 'oft_R', found {former[0]!r}. Nothing was loaded."
+                f"The weights for the adapter {adapter_name!r} were made by an earlier method of the same name, which "
+                f"has other parameters: expected names with 'oft_R', found {former[0]!r}. Nothing was loaded."
             )
         return state
 

@@ -1,7 +1,7 @@
 """The mathematics of OFT: block-diagonal rotations made from skew-symmetric matrices, and the module that holds one.
 
-T = blockdiag(R₁ … Rₙ) is never formed to be applied. All functions take vectors along the last axis; R is (n, s, s) for
-n blocks of size s, or (1, s, s) if all blocks are the same.
+T = blockdiag(R₁ … Rₙ) is never formed to be applied. All functions take vectors along the last axis; R is (n, s, s)
+for n blocks of size s, or (1, s, s) if all blocks are the same.
 """
 
 from __future__ import annotations
@@ -162,16 +162,11 @@ class OFTRotationModule(nn.Module):
         num_cayley_neumann_terms: int = 5,
     ) -> None:
         super().__init__()
-        self.r = r
-        self.n_elements = n_elements
-        self.block_size = block_size
-        self.in_features = in_features
-        self.coft = coft
-        self.eps = eps
-        self.block_share = block_share
+        self.in_features, self.block_size = in_features, block_size
+        self.r, self.n_elements, self.block_share = r, n_elements, block_share
+        self.coft, self.eps = coft, eps
+        self.use_cayley_neumann, self.num_cayley_neumann_terms = use_cayley_neumann, num_cayley_neumann_terms
         self.kernel_size = kernel_size
-        self.use_cayley_neumann = use_cayley_neumann
-        self.num_cayley_neumann_terms = num_cayley_neumann_terms
         self.weight = nn.Parameter(torch.empty(r, n_elements))
         # On the CPU also where the weight is made without storage: nobody would load these.
         rows, cols = torch.triu_indices(block_size, block_size, 1, device="cpu")

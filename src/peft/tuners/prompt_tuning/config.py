@@ -57,5 +57,5 @@ class PromptTuningConfig(PromptLearningConfig):
                     raise ValueError(f"prompt_tuning_init='TEXT' needs {name}, got {getattr(self, name)!r}.")
         elif self.tokenizer_kwargs:
             raise ValueError(
-                f"tokenizer_kwargs are for prompt_tuning_init='TEXT'; prompt_tuning_init is {self.prompt_tuning_init!r}."
+                f"tokenizer_kwargs are for prompt_tuning_init='TEXT', which is {self.prompt_tuning_init!r}."
             )
