@@ -79,7 +79,7 @@ class _TaskModel(PeftModel):
     def _run(self, inputs: dict[str, Any], task_ids: torch.Tensor | None, extra: dict[str, Any]) -> Any:
         """The base model's output for these arguments, with the adapter or the prompt applied."""
         if self._uses_prompt:
-            return PromptInputs(self).forward(inputs, task_ids, self._without_special(extra))
+            return PromptInputs(self).forward(inputs, task_ids, extra)
         if _needs_task_ids(self):
             extra["task_ids"] = task_ids
         with self._enable_peft_forward_hooks(**extra):

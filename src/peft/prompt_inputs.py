@@ -74,7 +74,7 @@ class PromptInputs:
             ValueError: neither input_ids nor inputs_embeds, or an attention mask that is not (batch, tokens).
         """
         own = {name: extra[name] for name in self.encoder.own_arguments if name in extra}
-        arguments = {**inputs, **{name: value for name, value in extra.items() if name not in own}}
+        arguments = {**inputs, **self.model._without_special(extra)}
         labels = arguments["labels"] if self.encoder.computes_loss and "labels" in arguments else None
         if labels is not None:
             arguments["labels"] = None

@@ -96,6 +96,7 @@ class PromptLearning:
         encoder = encoder_cls.build(config, model.word_embeddings, base).to(self._device())
         undo.push(self._forget, adapter_name)
         self.encoders.add(adapter_name, encoder)
+        model.special_peft_forward_args |= set(encoder.own_arguments)  # the base model does not know them
         tokens = config.num_virtual_tokens * config.num_transformer_submodules
         model.prompt_tokens[adapter_name] = torch.arange(tokens)
         wrappers = set_additional_trainable_modules(

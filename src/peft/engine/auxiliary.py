@@ -262,6 +262,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         self.token_adapter = TrainableTokensLayer(
             module, adapter_name, token_indices=token_indices, tied_adapter=tied_adapter
         )
+        self.token_adapter._in_wrapper = True
         self.token_adapter._active_adapter = [adapter_name]
         for parameter in module.parameters():
             set_trains(parameter, False)
@@ -312,8 +313,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         self._mirror()
 
     def unmerge(self) -> None:
-        if self.token_adapter.merged_adapters:
-            self.token_adapter.unmerge()
+        self.token_adapter.unmerge()
         self._mirror()
 
     def _mirror(self) -> None:

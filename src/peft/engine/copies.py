@@ -64,7 +64,7 @@ class ModuleCopies(BaseTunerLayer):
         self.roster.join(adapter_name, self._label, self.exclusive)
         self.refresh()
 
-    # ---------------------------------------------------------------------------------------------------------- forward
+    # -------------------------------------------------------------------------------------------------- forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The active copy's output, or the original's.
@@ -114,7 +114,7 @@ class ModuleCopies(BaseTunerLayer):
             result = result.index_copy(0, rows, part)
         return result
 
-    # ---------------------------------------------------------------------------------------------------------- merging
+    # -------------------------------------------------------------------------------------------------- merging
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the values of the active copy into the original; `unmerge` brings the original back bit for bit.
@@ -138,8 +138,8 @@ class ModuleCopies(BaseTunerLayer):
         for key, tensor in source.items():
             if safe_merge and not torch.isfinite(_value(tensor)).all():
                 raise ValueError(
-                    f"The copy of {self._label} that belongs to the adapter {names[0]!r} has NaN or infinite values in "
-                    f"{key!r}; nothing was merged."
+                    f"The copy of {self._label} that belongs to the adapter {names[0]!r} has NaN or infinite values "
+                    f"in {key!r}; nothing was merged."
                 )
         self._stash = {}
         for key, (owner, attribute, old) in list(dict(_slots(self.original())).items()):
@@ -203,7 +203,7 @@ def _put(owner: nn.Module, attribute: str, tensor: torch.Tensor) -> None:
 
 
 def _renew_hook(original: nn.Module, duplicate: nn.Module) -> None:
-    """Give the copy of a module with an accelerate hook a hook of its own: the copied one still points at the original."""
+    """Give the copy of a module with an accelerate hook a hook of its own; the copied hook points at the original."""
     hook = getattr(original, "_hf_hook", None)
     if hook is None:
         return

@@ -20,7 +20,7 @@ from torch import nn
 
 from ..utils.warning import PeftWarning
 from .backends import QuantizationBackend
-from .kinds import Kind, embed_scale, kind_of
+from .kinds import Kind, embed_scale, kind_of, kinds
 from .lifecycle import AdapterHolder, MixedBatch
 
 BASE_ROW = "__base__"
@@ -197,7 +197,10 @@ class AdapterLayer(BaseTunerLayer):
             quantization_backend=options.get("quantization_backend"),
         )
         inner = self.get_base_layer()
-        self.__dict__["kind"] = kind = kind_of(inner)
+        kind = kind_of(inner)
+        if kind is None and self.quantization_backend is not None:
+            kind = next(kinds(self.quantization_backend.layer_type))
+        self.__dict__["kind"] = kind
         if kind is not None:
             self.__dict__["in_features"], self.__dict__["out_features"] = kind.features(inner)
         elif hasattr(inner, "in_features") and hasattr(inner, "out_features"):
@@ -528,6 +531,10 @@ class MultiplicativeLayer(AdapterLayer):
         tensors[kind.weight_name] = kind.flip(weight)
         if x.is_floating_point():
             x = x.to(weight.dtype)
+        if self.quantization_backend is not None:
+            # The layer's own forward reads the weight in the form it is kept in.
+            output = kind.apply(layer, x, tensors[kind.weight_name])
+            return (output + tensors[kind.bias_name] if kind.bias_name in tensors else output).to(dtype)
         return kind.call_with(layer, tensors, x, *args, **kwargs).to(dtype)
 
     def _tensors_below(self) -> dict[str, torch.Tensor]:

@@ -53,6 +53,8 @@ class TrainableTokensLayer(AdapterLayer, nn.Module):
     other_param_names = ("token_indices", "trainable_tokens_original")
 
     _selection: Selection | None = None
+    _in_wrapper = False
+    """Whether a wrapper passes calls on to this layer, which clients that walk over the model reach as well."""
 
     def __init__(
         self,
@@ -275,7 +277,10 @@ class TrainableTokensLayer(AdapterLayer, nn.Module):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         names = self.active_adapters if adapter_names is None else list(adapter_names)
-        self._check_overlap([*self.merged_adapters, *(name for name in names if name in self.token_indices)])
+        held = [name for name in names if name in self.token_indices]
+        if self._in_wrapper and self.merged_adapters and set(held) <= set(self.merged_adapters):
+            return
+        self._check_overlap([*self.merged_adapters, *held])
         if not self._shares_weight():
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
             return
@@ -285,6 +290,8 @@ class TrainableTokensLayer(AdapterLayer, nn.Module):
         self._plan = self._make_plan()
 
     def unmerge(self) -> None:
+        if self._in_wrapper and not self.merged_adapters:
+            return
         if not (self.merged_adapters and self._shares_weight()):
             super().unmerge()
             return

@@ -75,6 +75,20 @@ def _load_all() -> None:
         _loaded = True
 
 
+_DENSE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def dense_weight(base_layer: nn.Module, **options: Any) -> torch.Tensor:
+    """The weight of a base layer as a dense tensor, whatever form it is kept in.
+
+    Args:
+        base_layer: an innermost base layer.
+        options: as `resolve_quantization_backend`.
+    """
+    backend = None if type(base_layer) in _DENSE else resolve_quantization_backend(base_layer, **options)
+    return base_layer.weight if backend is None else backend.get_base_weight(base_layer)
+
+
 def resolve_quantization_backend(base_layer: nn.Module, **kwargs: Any) -> QuantizationBackend | None:
     """The backend of a base layer, None if its weight is dense.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -70,20 +71,24 @@ class LNTuningModel(BaseTuner):
     def adapter_state_to_load(
         model: nn.Module, config: LNTuningConfig, adapter_name: str, state: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """The file's tensors by this adapter's names: those inside a copied container bear the name it was saved by."""
+        """The file's tensors by this adapter's names; inside a copied container a name has the adapter's in it."""
         names = {key: key for key in state}
         for path, layer in holders_of(model):
-            if not isinstance(layer, LNTuningLayer):
-                continue
-            prefix = f"{path}.ln_tuning_layers."
-            own = {entry.saved.removeprefix("ln_tuning_layers.") for entry in layer.state_entries(adapter_name)}
-            nested = {name.partition(".")[2]: name for name in own if "." in name}
-            for key in state:
-                if nested and key.startswith(prefix) and key.removeprefix(prefix) not in own:
-                    tail = key.removeprefix(prefix)
-                    found = nested.get(tail) or nested.get(tail.partition(".")[2])
-                    names[key] = prefix + found if found else key
+            if isinstance(layer, LNTuningLayer):
+                names |= _names_inside(f"{path}.ln_tuning_layers.", layer, adapter_name, state)
         return {names[key]: value for key, value in state.items()}
+
+
+def _names_inside(prefix: str, layer: LNTuningLayer, adapter_name: str, keys: Iterable[str]) -> dict[str, str]:
+    """Names on disk of tensors inside a copied container, with whichever adapter's name or none -> with this one's."""
+    saved = [entry.saved.removeprefix("ln_tuning_layers.") for entry in layer.state_entries(adapter_name)]
+    inside = {name.partition(".")[2]: prefix + name for name in saved if "." in name}
+    found = {}
+    for key in keys:
+        if inside and key.startswith(prefix):
+            tail = key.removeprefix(prefix)
+            found[key] = inside.get(tail) or inside.get(tail.partition(".")[2]) or key
+    return found
 
 
 __all__ = ["LNTuningModel"]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...utils.integrations import dequantize_module_weight
+from ...engine.backends import dense_weight
 
 ENABLE_DORA_CACHING = False
 """Whether magnitude modules remember their norm in eval mode; see `peft.helpers.DoraCaching`."""
@@ -108,7 +108,7 @@ class DoraLinearLayer(nn.Module):
             scaling: s.
             place_on_cpu: where to put the magnitude, whatever computed it.
         """
-        weight = dequantize_module_weight(base_layer)
+        weight = dense_weight(base_layer)
         A = _factor(lora_A)
         if A.is_meta:
             self.weight = nn.Parameter(torch.empty(self.norm_shape(weight), dtype=weight.dtype, device="meta"))
@@ -137,7 +137,7 @@ class DoraLinearLayer(nn.Module):
             base_result: its output with bias, where x is the undropped input; W·x is computed otherwise.
             adapter_name: of no effect.
         """
-        weight = dequantize_module_weight(base_layer)
+        weight = dense_weight(base_layer)
         gain = self.weight / self.norm(weight, lora_A, lora_B, scaling).to(self.weight.dtype)
         if base_result is None:
             base_result = self.base_output(x, base_layer, weight.to(x.dtype))
@@ -195,7 +195,7 @@ class DoraEmbeddingLayer(DoraLinearLayer):
             embed_fn: looks ids up in a table as the base layer does.
             adapter_name: of no effect.
         """
-        weight = dequantize_module_weight(base_layer)
+        weight = dense_weight(base_layer)
         gain = self.weight / self.norm(weight, lora_A, lora_B, scaling).to(self.weight.dtype)
         return gain, gain * (embed_fn(x, lora_A.T) @ lora_B.T) * scaling
 

@@ -7,6 +7,4 @@ from .model import TrainableTokensModel
 
 __all__ = ["TrainableTokensConfig", "TrainableTokensLayer", "TrainableTokensModel"]
 
-register_peft_method(
-    name="trainable_tokens", config_cls=TrainableTokensConfig, model_cls=TrainableTokensModel, is_mixed_compatible=False
-)
+register_peft_method(name="trainable_tokens", config_cls=TrainableTokensConfig, model_cls=TrainableTokensModel)

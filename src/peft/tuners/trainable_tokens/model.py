@@ -29,7 +29,7 @@ class TrainableTokensModel(BaseTuner):
 
     prefix: ClassVar[str] = "trainable_tokens_"
     tuner_layer_cls = TrainableTokensLayer
-    layer_classes: ClassVar[dict[str, type[AdapterLayer]]] = {"any": TrainableTokensLayer, "linear": TrainableTokensLayer}
+    layer_classes: ClassVar[dict[str, type[AdapterLayer]]] = dict.fromkeys(("any", "linear"), TrainableTokensLayer)
     keeps_ties_itself = True
 
     def inject_adapter(
@@ -84,9 +84,9 @@ class TrainableTokensModel(BaseTuner):
         alone = [name for name in tied if matcher.check(name)]
         if alone:
             warnings.warn(
-                f"{alone} are tied to the input embedding {embedding!r}, which is no target: only {alone} will use the "
-                "trained rows. Merging writes them into the common weight, so that the embedding changes too. Target the "
-                "embedding to train the rows of both."
+                f"{alone} are tied to the input embedding {embedding!r}, which is no target: only {alone} will use "
+                "the trained rows, until merging writes them into the common weight. Target the embedding to train the "
+                "rows of both."
             )
         return []
 
@@ -103,15 +103,19 @@ class TrainableTokensModel(BaseTuner):
     ) -> None:
         target = model.get_submodule(target_name)
         if isinstance(target, TrainableTokensLayer):
-            shares = self._layer_to_share(peft_config, target_name) is not None
-            if shares != (target.tied_adapter is not None):
-                others = sorted(target.token_indices)
+            wanted = self._layer_to_share(peft_config, target_name)
+            if wanted is not target.tied_adapter:
+                common, alone = "in common with the input embedding", "for it alone"
                 raise ValueError(
-                    f"The adapters {others} have rows of {target_name!r} "
-                    + ("of its own" if shares else "in common with the input embedding")
-                    + ", and a new adapter cannot have them "
-                    + ("in common with the input embedding." if shares else "alone. Target the input embedding instead.")
+                    f"The adapters {sorted(target.token_indices)} have rows of {target_name!r} "
+                    f"{alone if wanted else common}, so another one cannot have them {common if wanted else alone}: "
+                    "target the same modules with all adapters."
                 )
+
+    def _check_merge_allowed(self) -> None:
+        # What is tied to the embedding has the same rows, so merging keeps the tie.
+        if not any(getattr(config, "target_modules_to_tie", None) for config in self.peft_config.values()):
+            super()._check_merge_allowed()
 
     @staticmethod
     def adapter_state_to_load(
