@@ -60,7 +60,7 @@ def adapted(layer, adapter_name="default", **options):
     return FourierFTModel(Net(layer), config(**options), adapter_name).eval()
 
 
-# ------------------------------------------------------------------------------------------------------- the mathematics
+# ----------------------------------------------------------------------------------------------------- the mathematics
 
 
 def test_worked_example():
@@ -174,7 +174,7 @@ def test_gradient_reaches_the_spectrum_only():
     assert with_gradient == ["model.layer.fourierft_spectrum.default"]
 
 
-# ------------------------------------------------------------------------------------------------- shapes, start, layers
+# ----------------------------------------------------------------------------------------------- shapes, start, layers
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_fan_in_fan_out_follows_the_layer(build, stored):
     assert model.peft_config["default"].fan_in_fan_out is stored
 
 
-# ---------------------------------------------------------------------------------------------------------------- dtypes
+# -------------------------------------------------------------------------------------------------------------- dtypes
 
 
 @pytest.mark.parametrize("name", ["linear", "embedding", "conv2d"])

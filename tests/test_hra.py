@@ -68,7 +68,7 @@ def chain(u):
     return H
 
 
-# ------------------------------------------------------------------------------------------------------- the mathematics
+# ----------------------------------------------------------------------------------------------------- the mathematics
 
 
 def worked_example(**options):
@@ -236,7 +236,7 @@ def test_mixed_batch_reflects_each_row_by_its_adapter(name):
         torch.testing.assert_close(model(x), torch.stack([*rows, layer(x)[2]]), atol=1e-5, rtol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------- shapes, start, layers
+# ----------------------------------------------------------------------------------------------- shapes, start, layers
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_options_that_exclude_each_other(options, message):
         HRAConfig(**options)
 
 
-# ---------------------------------------------------------------------------------------------------------------- dtypes
+# -------------------------------------------------------------------------------------------------------------- dtypes
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d"])

@@ -232,7 +232,7 @@ class AdapterFiles:
         if not strict:
             self._warn_missing(result.missing, adapter_name)
         self._dispatch(model)
-        if not is_trainable:
+        if not is_trainable and model.training:
             model.eval()
         return _IncompatibleKeys(result.missing, result.unexpected)
 

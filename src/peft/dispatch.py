@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from accelerate import dispatch_model, infer_auto_device_map
-from accelerate.hooks import remove_hook_from_submodules
-from accelerate.utils import OffloadedWeightsLoader, get_balanced_memory, set_module_tensor_to_device
+from accelerate.hooks import remove_hook_from_module
+from accelerate.utils import (
+    OffloadedWeightsLoader,
+    get_balanced_memory,
+    offload_weight,
+    set_module_tensor_to_device,
+)
 from torch import nn
 
 from .engine.lifecycle import holders_of
 from .engine.loading import to_base_device
-from .engine.offload import offload_hook
-from .engine.state import BASE_PREFIX, base_model_of
+from .engine.offload import forget_hook, offload_hook
+from .engine.state import base_model_of
+
+Index = dict[str, dict[str, str]]
 
 
 def redispatch(model: nn.Module, options: dict[str, Any]) -> None:
     """Spread a model with an adapter as options ask for; without options it stays spread as it is.
 
-    The adapter itself is never offloaded: it is where its layers compute, so that it can be switched, trained and saved.
+    The adapter itself is never offloaded: it is where its layers compute, so that it can be switched and saved.
 
     Args:
         model: a `PeftModel` whose base model accelerate had dispatched.
@@ -26,77 +35,111 @@ def redispatch(model: nn.Module, options: dict[str, Any]) -> None:
             `offload_dir`, `offload_index`.
 
     Raises:
-        ValueError: a module is on disk in a file that is not safetensors, where it cannot be found by its new name.
+        ValueError: a module is on disk in a file that is not safetensors, where it cannot be found by its new name; or
+            one is to go to disk, and no folder is given.
     """
     if not options:
         return
     base = base_model_of(model)
-    index = {**_disk_index(model), **(options.get("offload_index") or {})}
-    remove_hook_from_submodules(model)
-    device_map = _device_map(model, base, options.get("device_map", "auto"), options.get("max_memory"))
-    index = _load_what_leaves_the_disk(model, index, device_map)
+    index = {**_disk_index(base), **(options.get("offload_index") or {})}
+    for part in _hooked(base):
+        remove_hook_from_module(part)
+    device_map = options.get("device_map", "auto")
+    if isinstance(device_map, str):
+        device_map = _device_map(base, device_map, options.get("max_memory"))
     folder = options.get("offload_folder") or options.get("offload_dir")
-    dispatch_model(model, device_map=device_map, offload_dir=folder, offload_index=index or None)
-    base.hf_device_map = {name.removeprefix(BASE_PREFIX): device for name, device in device_map.items()}
-    _bring_adapters_back(model)
+    adapters = list(_adapter_tensors(base))
+    index = _load_what_leaves_the_disk(base, index, device_map)
+    _write_what_goes_to_disk(base, index, device_map, folder, {id(tensor) for _, _, tensor in adapters})
+    dispatch_model(base, device_map=device_map, offload_dir=folder, offload_index=index or None)
+    _put_back(base, adapters)
 
 
-def _disk_index(model: nn.Module) -> dict[str, dict[str, str]]:
+def _disk_index(base: nn.Module) -> Index:
     """Today's names of the tensors on disk, with the files and the names there."""
     index = {}
-    for path, module in model.named_modules():
-        hook = offload_hook(module)
-        dataset, prefix = (getattr(getattr(hook, "weights_map", None), name, None) for name in ("dataset", "prefix"))
+    for path, module in base.named_modules():
+        weights_map = getattr(offload_hook(module), "weights_map", None)
+        on_disk, prefix = (
+            getattr(getattr(weights_map, "dataset", None), "index", {}),
+            getattr(weights_map, "prefix", ""),
+        )
         for name in [*module._parameters, *module._buffers]:
-            info = getattr(dataset, "index", {}).get(f"{prefix}{name}")
+            info = on_disk.get(f"{prefix}{name}")
             if info is None:
                 continue
             if not info.get("safetensors_file"):
                 raise ValueError(
-                    f"{path}.{name} is offloaded to a file that is not safetensors, so the model cannot be spread anew "
-                    "with the adapter in it. Save the base model as safetensors, or leave the device map as it is."
+                    f"{path}.{name} is offloaded to a file that is not safetensors, so the model cannot be spread "
+                    "anew with an adapter in it. Save the base model as safetensors, or leave the device map as it is."
                 )
             index[f"{path}.{name}"] = {"weight_name": f"{prefix}{name}", **info}
     return index
 
 
-def _device_map(model: nn.Module, base: nn.Module, wanted: Any, max_memory: Any) -> dict[str, Any]:
-    if not isinstance(wanted, str):
-        names = dict(model.named_modules())
-        return {name if name in names else BASE_PREFIX + name: device for name, device in wanted.items()}
+def _hooked(module: nn.Module) -> list[nn.Module]:
+    # By the module's own attributes: wrappers pass on those of modules inside them.
+    return [part for part in module.modules() if "_hf_hook" in part.__dict__]
+
+
+def _device_map(base: nn.Module, strategy: str, max_memory: Any) -> dict[str, Any]:
     whole = list(getattr(base, "_no_split_modules", None) or ())
-    if wanted != "sequential":
+    if strategy != "sequential":
         max_memory = get_balanced_memory(
-            model, max_memory=max_memory, no_split_module_classes=whole, low_zero=wanted == "balanced_low_0"
+            base, max_memory=max_memory, no_split_module_classes=whole, low_zero=strategy == "balanced_low_0"
         )
-    return infer_auto_device_map(model, max_memory=max_memory, no_split_module_classes=whole)
+    return infer_auto_device_map(base, max_memory=max_memory, no_split_module_classes=whole)
 
 
-def _load_what_leaves_the_disk(
-    model: nn.Module, index: dict[str, dict[str, str]], device_map: dict[str, Any]
-) -> dict[str, dict[str, str]]:
+def _load_what_leaves_the_disk(base: nn.Module, index: Index, device_map: dict[str, Any]) -> Index:
     """Read tensors from disk whose modules get a device now; the index of the others."""
     loader = OffloadedWeightsLoader(index=index)
     staying = {}
     for name, info in index.items():
-        device = next(device_map[above] for above in _enclosing(name) if above in device_map)
+        device = _device_of(name, device_map)
         if device == "disk":
             staying[name] = info
         else:
-            set_module_tensor_to_device(model, name, device, value=loader[name])
+            set_module_tensor_to_device(base, name, device, value=loader[name])
     return staying
 
 
-def _enclosing(name: str) -> list[str]:
+def _write_what_goes_to_disk(
+    base: nn.Module, index: Index, device_map: dict[str, Any], folder: str | None, adapters: set[int]
+) -> None:
+    """Write tensors in memory whose modules go to disk now, and list them in the index."""
+    for name, tensor in base.state_dict(keep_vars=True).items():
+        if id(tensor) in adapters or name in index or _device_of(name, device_map) != "disk":
+            continue
+        if folder is None:
+            raise ValueError(f"The device map puts {name} on disk; pass offload_folder to say where.")
+        offload_weight(tensor.detach(), name, folder, index)
+
+
+def _device_of(name: str, device_map: dict[str, Any]) -> Any:
+    """The device of a tensor: that of the innermost module around it which the map names."""
     parts = name.split(".")
-    return [".".join(parts[:length]) for length in range(len(parts), -1, -1)]
+    enclosing = (".".join(parts[:length]) for length in range(len(parts), -1, -1))
+    return next((device_map[module] for module in enclosing if module in device_map), None)
 
 
-def _bring_adapters_back(model: nn.Module) -> None:
-    for _, holder in holders_of(model):
+def _adapter_tensors(base: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+    for _, holder in holders_of(base):
         for _, container in holder.adapter_containers():
-            if isinstance(container, nn.Module):
-                remove_hook_from_submodules(container)
+            for part in container.modules() if isinstance(container, nn.Module) else ():
+                for attribute, tensor in [*part._parameters.items(), *part._buffers.items()]:
+                    if tensor is not None:
+                        yield part, attribute, tensor
+
+
+def _put_back(base: nn.Module, tensors: list[tuple[nn.Module, str, torch.Tensor]]) -> None:
+    """Let adapters hold their tensors again, without hooks, where their layers compute."""
+    for part in {id(part): part for part, _, _ in tensors}.values():
+        if "_hf_hook" in part.__dict__:
+            forget_hook(part)
+    for part, attribute, tensor in tensors:
+        (part._parameters if attribute in part._parameters else part._buffers)[attribute] = tensor
+    for _, holder in holders_of(base):
         for adapter in holder._get_available_adapters():
             to_base_device(holder, adapter)
         holder._plan = None

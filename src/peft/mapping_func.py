@@ -9,7 +9,7 @@ from torch import nn
 from .auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from .config import PeftConfig
 from .engine.tuner import BaseTuner
-from .engine.layer import BaseTunerLayer
+from .engine.lifecycle import holders_of
 from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from .peft_model import PeftModel, warn_about_prefix
 
@@ -38,7 +38,7 @@ def get_peft_model(
         A `PeftModel` of the class that the configuration's `task_type` asks for.
     """
     _note_base_model(model, peft_config, revision)
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+    if next(holders_of(model), None) is not None:
         warnings.warn(
             "The model has adapter layers already. If a second adapter is meant, use model.add_adapter; if a fresh start, "
             "unload() the old one or start from a fresh model."

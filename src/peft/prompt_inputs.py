@@ -80,7 +80,7 @@ class PromptInputs:
             arguments["labels"] = None
         self._put_in(arguments, task_ids)
         output = self.model.base_model(**arguments)
-        return output if labels is None else _with_loss(output, self.encoder.loss(output, labels, **own))
+        return output if labels is None else _with_loss(output, self.encoder.loss(_logits(output), labels, **own))
 
     def _put_in(self, arguments: Arguments, task_ids: torch.Tensor | None) -> None:
         batch_size = _get_batch_size(arguments.get("input_ids"), arguments.get("inputs_embeds"))
@@ -252,6 +252,10 @@ def _ignore(arguments: Arguments, length: int, tokens: int) -> None:
     if labels is not None and labels.dim() > 1 and labels.shape[1] == length:
         ignored = labels.new_full((labels.shape[0], tokens), IGNORED)
         arguments["labels"] = torch.cat([ignored, labels], dim=1)
+
+
+def _logits(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output.logits
 
 
 def _with_loss(output: Any, loss: torch.Tensor) -> Any:

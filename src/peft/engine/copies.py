@@ -15,6 +15,7 @@ from torch import nn
 from ..utils.integrations import gather_params_ctx
 from .layer import BaseTunerLayer, check_adapters_to_merge
 from .lifecycle import set_trains
+from .offload import forget_hook, onload_layer
 
 BATCHED_KINDS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Modules that are known to treat the rows of a batch separately."""
@@ -175,9 +176,12 @@ class ModuleCopies(BaseTunerLayer):
 
 def _copy_of(original: nn.Module) -> nn.Module:
     sharded = [p for p in original.parameters() if p.numel() == 0 and hasattr(p, "ds_numel")]
-    with gather_params_ctx(sharded):
-        duplicate = copy.deepcopy(original)
-    _renew_hook(original, duplicate)
+    # Hooks stay out of it: one that offloads weights holds those of the whole model.
+    hooks = [module.__dict__["_hf_hook"] for module in original.modules() if "_hf_hook" in module.__dict__]
+    with gather_params_ctx(sharded), onload_layer(original, store=False):
+        duplicate = copy.deepcopy(original, {id(hook): hook for hook in hooks})
+    for theirs, ours in zip(original.modules(), duplicate.modules()):
+        _renew_hook(theirs, ours)
     return duplicate
 
 
@@ -203,14 +207,17 @@ def _put(owner: nn.Module, attribute: str, tensor: torch.Tensor) -> None:
 
 
 def _renew_hook(original: nn.Module, duplicate: nn.Module) -> None:
-    """Give the copy of a module with an accelerate hook a hook of its own; the copied hook points at the original."""
-    hook = getattr(original, "_hf_hook", None)
+    """Give the copy of a module with an accelerate hook a hook of its own; the copied hook points at the original.
+
+    It moves data like the original's, but leaves the copy's weights where they compute: they are trained and loaded.
+    """
+    hook = original.__dict__.get("_hf_hook")
     if hook is None:
         return
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
-    remove_hook_from_module(duplicate)
+    forget_hook(duplicate)
     if isinstance(hook, AlignDevicesHook):
-        keys = ("execution_device", "offload", "io_same_device", "offload_buffers", "place_submodules", "skip_keys")
+        keys = ("execution_device", "io_same_device", "place_submodules", "skip_keys")
         fresh = AlignDevicesHook(**{key: getattr(hook, key) for key in keys if hasattr(hook, key)})
         add_hook_to_module(duplicate, fresh)

@@ -79,11 +79,11 @@ class BasePromptEncoder(nn.Module):
         """
         raise NotImplementedError(f"The prompt of a {type(self).__name__} is embeddings and fills no cache.")
 
-    def loss(self, output: Any, labels: torch.Tensor, **own: Any) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor, **own: Any) -> torch.Tensor:
         """The loss, for encoders that compute it themselves.
 
         Args:
-            output: the base model's.
+            logits: the base model's, (batch, virtual and other tokens, vocabulary).
             labels: (batch, tokens), those of the input.
             own: the arguments in `own_arguments` that were given.
         """

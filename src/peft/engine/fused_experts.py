@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from .inspection import plain_modules
 from .kinds import kind_of
-from .lifecycle import AdapterHolder
 from .matching import TargetMatcher, all_linear_names, condensed, get_pattern_key, is_suffix
 
 FUSED_NAMES = ("gate_up_proj", "down_proj")
@@ -79,15 +79,6 @@ class Site:
     old_names: dict[str, list[list[str]]]
 
 
-def _plain_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The model's own modules, by the names that they have without adapters."""
-    for name, child in module.named_children():
-        while isinstance(child, AdapterHolder):
-            child = child.base_layer
-        yield prefix + name, child
-        yield from _plain_modules(child, f"{prefix}{name}.")
-
-
 def _spellings(name: str, conversions: Iterable[Any]) -> list[str]:
     """A module's name, and what it was before plain renamings."""
     names = [name]
@@ -106,7 +97,7 @@ def find_sites(model: nn.Module, conversions: list[Any]) -> list[Site]:
     A router was a linear layer, and is a module of its own sort with a weight now.
     """
     groups = fused_experts(conversions)
-    modules = dict(_plain_modules(model))
+    modules = dict(plain_modules(model))
     sites: list[Site] = []
     for path, module in modules.items():
         here = [(fused, f"{path}.{fused.name}") for fused in groups if fused.name in module._parameters]
@@ -148,7 +139,7 @@ class _Selection:
 
     def __init__(self, config: Any, model: nn.Module, conversions: list[Any]) -> None:
         self.config = config
-        self.names = [name for name, _ in _plain_modules(model)]
+        self.names = [name for name, _ in plain_modules(model)]
         self.all_sites = find_sites(model, conversions)
         routers = {site.path.removesuffix(".weight") for site in self.all_sites if site.short == "gate.weight"}
         self.matcher = TargetMatcher(config)

@@ -16,7 +16,7 @@ from ..utils.constants import DUMMY_MODEL_CONFIG, DUMMY_TARGET_MODULES
 from ..utils.error import NoMatchingPeftModuleError
 from .additional import set_additional_trainable_modules
 from .layer import deferred_parameters
-from .lifecycle import AdapterHolder, Roster, holders_of, set_trains
+from .lifecycle import AdapterHolder, Roster, holders_of, modules_of, set_trains
 from .matching import (
     EXCLUDED,
     TargetMatcher,
@@ -143,7 +143,7 @@ class Injection:
         if getattr(config, "target_modules", None) == DUMMY_TARGET_MODULES:
             return
         _maybe_include_all_linear_layers(config, self.model)
-        modules = dict(self.model.named_modules())
+        modules = dict(modules_of(self.model))
         if not getattr(self.tuner, "keeps_target_list", False):
             maybe_condense(config, modules)
         check = self._checker()
@@ -193,7 +193,7 @@ class Injection:
         if getattr(self.config, "target_modules", None) is None:
             return
         matcher = TargetMatcher(self.config)
-        by_config = {key for key, _ in self.model.named_modules() if key and matcher.check(key) is True}
+        by_config = {key for key, _ in modules_of(self.model) if key and matcher.check(key) is True}
         if by_config != names:
             warnings.warn(
                 "The state_dict and the configuration select different modules; the state_dict is followed. Only in "

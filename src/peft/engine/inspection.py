@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .lifecycle import AdapterHolder
 from .matching import TargetMatcher
 
 if TYPE_CHECKING:
@@ -32,6 +34,20 @@ def inspect_matched_modules(tuner: BaseTuner, adapter_name: str = "default") -> 
         "unmatched": [name for name in names if name not in chosen],
         "hits": dict(matcher.targets.hits),
     }
+
+
+def plain_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The model's own modules, by the names that they have without adapters.
+
+    Args:
+        module: a base model, with adapters or without.
+        prefix: what the names start with.
+    """
+    for name, child in module.named_children():
+        while isinstance(child, AdapterHolder):
+            child = child.base_layer
+        yield prefix + name, child
+        yield from plain_modules(child, f"{prefix}{name}.")
 
 
 def find_parameter_name_by_module(model: nn.Module, reference_module: nn.Module) -> str:

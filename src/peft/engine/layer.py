@@ -22,6 +22,7 @@ from ..utils.warning import PeftWarning
 from .backends import QuantizationBackend
 from .kinds import Kind, embed_scale, kind_of, kinds
 from .lifecycle import AdapterHolder, MixedBatch
+from .offload import execution_device, fetched
 
 BASE_ROW = "__base__"
 """In a mixed batch, the name of a row that uses no adapter."""
@@ -32,8 +33,8 @@ DEFERRED: ContextVar[bool] = ContextVar("DEFERRED", default=False)
 
 @contextmanager
 def deferred_parameters(active: bool = True) -> Iterator[None]:
-    """Within it, new adapters get parameters without storage, which loading fills."""
-    token = DEFERRED.set(active)
+    """Within it, new adapters get parameters without storage, which loading fills; inactive, it changes nothing."""
+    token = DEFERRED.set(active or DEFERRED.get())
     try:
         yield
     finally:
@@ -68,7 +69,10 @@ class BaseTunerLayer(AdapterHolder):
     def get_base_weight(self) -> torch.Tensor:
         """The base weight as a dense tensor in the layer's own layout, detached from autograd."""
         backend = self.quantization_backend
-        return self.weight.data if backend is None else backend.get_base_weight(self.get_base_layer())
+        if backend is not None:
+            return backend.get_base_weight(self.get_base_layer())
+        weight = self.weight
+        return (fetched(self.get_base_layer(), weight) if weight.is_meta else weight).data
 
     def set_base_weight(self, weight_data: torch.Tensor) -> None:
         """Store a dense weight in the base layer.
@@ -119,7 +123,8 @@ class BaseTunerLayer(AdapterHolder):
         if weight is None:
             return None, None
         dtype = getattr(layer, "compute_dtype", None) or weight.dtype
-        return weight.device, dtype if dtype.is_floating_point or dtype.is_complex else None
+        device = execution_device(layer) or weight.device if weight.is_meta else weight.device
+        return device, dtype if dtype.is_floating_point or dtype.is_complex else None
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Bring one adapter's tensors to the base weight's device and, if that is floating point, its dtype."""
@@ -230,6 +235,11 @@ class AdapterLayer(BaseTunerLayer):
     def _settle(self, adapter_name: str, inference_mode: bool = False) -> None:
         """The last thing that adding an adapter does: device, dtype, who trains, and the roster."""
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        if not self.training:  # a new module (dropout) is in training mode
+            for attribute in self.containers:
+                container = self._modules.get(attribute)
+                if isinstance(container, nn.ModuleDict) and adapter_name in container:
+                    container[adapter_name].train(False)
         if inference_mode:
             self._inference |= {adapter_name}
         if self._roster is not None:

@@ -202,6 +202,11 @@ class AdapterHolder:
             if container is not None:
                 yield name, container
 
+    @property
+    def containers(self) -> tuple[str, ...]:
+        """The attributes that hold what adapters brought."""
+        return self.adapter_layer_names + self.other_param_names
+
     def adapter_parameters(
         self, adapter_names: Iterable[str] | None = None
     ) -> Iterator[tuple[str, str, int, nn.Parameter]]:
@@ -434,11 +439,31 @@ class AdapterHolder:
         return False
 
 
+def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Dotted name and module of a model and of everything in it but what adapters brought, outermost first.
+
+    A module that is there under several names comes once. What adapters brought holds no adapters itself, and would make
+    each walk longer by every adapter.
+    """
+    seen: set[int] = set()
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        name, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield name, module
+        own = module.containers if isinstance(module, AdapterHolder) else ()
+        prefix = f"{name}." if name else ""
+        children = [
+            (prefix + key, child) for key, child in module._modules.items() if child is not None and key not in own
+        ]
+        stack.extend(reversed(children))
+
+
 def holders_of(model: nn.Module) -> Iterator[tuple[str, AdapterHolder]]:
     """Dotted name and module of everything in a model that holds adapters, outermost first."""
-    for name, module in model.named_modules():
-        if isinstance(module, AdapterHolder):
-            yield name, module
+    return ((name, module) for name, module in modules_of(model) if isinstance(module, AdapterHolder))
 
 
 def roster_of(model: nn.Module) -> Roster:

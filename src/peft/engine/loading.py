@@ -25,7 +25,7 @@ def finish_loading(tuner: Any, model: nn.Module, adapter_name: str) -> None:
         entries = list(holder.state_entries(adapter_name))
         if any(entry.tensor.is_meta for entry in entries):
             _start_over(tuner, holder, name, adapter_name, entries)
-        _to_base_device(holder, adapter_name)
+        to_base_device(holder, adapter_name)
         holder._plan = None
 
 
@@ -49,7 +49,7 @@ def _start_over(tuner: Any, holder: BaseTunerLayer, name: str, adapter_name: str
     holder.refresh([adapter_name])
 
 
-def _to_base_device(holder: BaseTunerLayer, adapter_name: str) -> None:
+def to_base_device(holder: BaseTunerLayer, adapter_name: str) -> None:
     device, _ = holder._adapter_device_and_dtype()
     if device is None or device.type == "meta":
         return

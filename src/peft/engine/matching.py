@@ -21,6 +21,7 @@ from ..utils.constants import (
 from ..utils.naming import near_misses
 from .kinds import CONV1D_TRANSFORMERS, LINEAR
 from .layer import BaseTunerLayer
+from .lifecycle import modules_of
 
 
 class _ExcludedModule:
@@ -173,7 +174,7 @@ def all_linear_names(model: nn.Module, task_type: str | None) -> set[str]:
     """Full names of the linear layers of a model but its output layer; layers adapted already count as themselves."""
     names: set[str] = set()
     inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
+    for name, module in modules_of(model):
         if inside and name.startswith(inside):
             continue
         if isinstance(module, BaseTunerLayer):
@@ -191,12 +192,12 @@ def _head_names(model: nn.Module, names: set[str], task_type: str | None) -> set
         return set()
     head = model.get_output_embeddings()
     if head is not None:
-        return {name for name, module in model.named_modules() if module is head}
+        return {name for name, module in modules_of(model) if module is head}
     if task_type == "SEQ_CLS":
         for attribute in SEQ_CLS_HEAD_NAMES:
             head = getattr(model, attribute, None)
             if head is not None:
-                return {name for name, module in model.named_modules() if module is head}
+                return {name for name, module in modules_of(model) if module is head}
     return set()
 
 

@@ -6,34 +6,62 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 
+def offload_hook(module: nn.Module) -> Any | None:
+    """accelerate's hook that fetches a module's own weights when it is called; None if they are in it."""
+    hook = module.__dict__.get("_hf_hook")  # its own: wrappers pass on what modules inside them have
+    hooks = getattr(hook, "hooks", (hook,))  # a sequence of hooks, or one
+    return next((hook for hook in hooks if getattr(hook, "offload", False)), None)
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Where a module with offloaded weights computes; None if its weights are not offloaded."""
+    hook = offload_hook(module)
+    return None if hook is None else torch.device(hook.execution_device)
+
+
+def fetched(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of a module with its values: itself, or what the offload hook keeps for it, where the module computes."""
+    hook = offload_hook(module) if tensor.is_meta else None
+    if hook is None:
+        return tensor
+    name = next(name for name, parameter in module.named_parameters() if parameter is tensor)
+    return hook.weights_map[name].to(execution_device(module))
+
+
+def forget_hook(module: nn.Module) -> None:
+    """Take accelerate's hook off a module, and leave its tensors as they are."""
+    from accelerate.hooks import remove_hook_from_module
+
+    del module._hf_hook  # before it is asked to give back the tensors
+    remove_hook_from_module(module)
+
+
 @contextmanager
-def onload_layer(layer: nn.Module) -> Iterator[None]:
+def onload_layer(layer: nn.Module, store: bool = True) -> Iterator[None]:
     """Bring a tuner layer's offloaded weights to their execution device for the duration, and write changes back.
 
     Args:
         layer: a tuner layer; one without offload hooks is left alone.
+        store: False if nothing is going to be changed.
     """
-    hooked = _offloaded_modules(layer)
-    for module in hooked:
-        module._hf_hook.pre_forward(module)
+    hooked = [(module, hook) for module in layer.modules() if (hook := offload_hook(module)) is not None]
+    for module, hook in hooked:
+        hook.pre_forward(module)
     try:
         yield
     finally:
-        for module in hooked:
-            _store(module)
-            module._hf_hook.post_forward(module, None)
+        for module, hook in hooked:
+            if store:
+                _store(module, hook.weights_map)
+            hook.post_forward(module, None)
 
 
-def _offloaded_modules(layer: nn.Module) -> list[nn.Module]:
-    return [module for module in layer.modules() if getattr(getattr(module, "_hf_hook", None), "offload", False)]
-
-
-def _store(module: nn.Module) -> None:
+def _store(module: nn.Module, weights_map: Any) -> None:
     """Let the hook's copy of the weights be what the module holds now."""
-    weights_map: Any = module._hf_hook.weights_map
     for name, parameter in module.named_parameters():
         if parameter.device.type != "meta":
             _set_in_map(weights_map, name, parameter.data.to("cpu"))

@@ -15,6 +15,7 @@ from ..utils.error import UnsupportedTableError
 from ..utils.integrations import gather_params_ctx
 from .kinds import CONV1D_TRANSFORMERS, EMBEDDING, LINEAR, embed_scale
 from .layer import DEFERRED, AdapterLayer, check_adapters_to_merge
+from .offload import fetched
 
 
 @dataclass(frozen=True)
@@ -202,8 +203,8 @@ class TrainableTokensLayer(AdapterLayer, nn.Module):
         padding = position.get(getattr(layer, "padding_idx", None), len(listed))
         return Selection(names, tokens, positions, slots, padding)
 
-    def _rows(self, adapters: Iterable[str], like: torch.Tensor) -> torch.Tensor:
-        rows = [self.trainable_tokens_delta[adapter].to(like) for adapter in adapters]
+    def _rows(self, adapters: Iterable[str], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        rows = [self.trainable_tokens_delta[adapter].to(device, dtype) for adapter in adapters]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def get_merged_weights(self, active_adapters: list[str]) -> torch.Tensor:
@@ -218,7 +219,8 @@ class TrainableTokensLayer(AdapterLayer, nn.Module):
         chosen, table = self._select(adapters, weight.device), self._as_table(weight)
         if not chosen.adapters:
             return weight
-        return self._as_table(table.index_copy(0, chosen.tokens, self._rows(chosen.adapters, table)[chosen.positions]))
+        rows = self._rows(chosen.adapters, table.device, table.dtype)[chosen.positions]
+        return self._as_table(table.index_copy(0, chosen.tokens, rows))
 
     def adapted_forward(self, x: torch.Tensor, plan: tuple, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.forward_adapters(x, list(plan), *args, **kwargs)
@@ -247,8 +249,8 @@ class TrainableTokensLayer(AdapterLayer, nn.Module):
 
     def _look_up(self, x: torch.Tensor, result: torch.Tensor, adapters: list[str]) -> torch.Tensor:
         layer = self.get_base_layer()
-        chosen = self._select(adapters, layer.weight.device)
-        rows = self._rows(chosen.adapters, layer.weight)
+        chosen = self._select(adapters, x.device)
+        rows = self._rows(chosen.adapters, x.device, layer.weight.dtype)
         slots = chosen.slots[x]
         looked_up = F.embedding(
             slots,
@@ -266,8 +268,9 @@ class TrainableTokensLayer(AdapterLayer, nn.Module):
     def _project(self, x: torch.Tensor, result: torch.Tensor, adapters: list[str]) -> torch.Tensor:
         layer = self.get_base_layer()
         chosen = self._select(adapters, x.device)
-        rows = self._rows(chosen.adapters, layer.weight if layer.weight.is_floating_point() else x)[chosen.positions]
-        bias = None if layer.bias is None else layer.bias[chosen.tokens].to(rows.dtype)
+        dtype = layer.weight.dtype if layer.weight.is_floating_point() else x.dtype
+        rows = self._rows(chosen.adapters, x.device, dtype)[chosen.positions]
+        bias = None if layer.bias is None else fetched(layer, layer.bias)[chosen.tokens].to(rows.dtype)
         return result.index_copy(-1, chosen.tokens, F.linear(x, rows, bias).to(result.dtype))
 
     # ----------------------------------------------------------------------------------------------------- merging

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .lifecycle import modules_of
 from .matching import embedding_involved, is_suffix
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def input_embedding_name(model: nn.Module, default: str | None = None) -> str | 
     embedding = _input_embedding(model)
     if embedding is None:
         return default
-    return next((name for name, module in model.named_modules() if module is embedding), default)
+    return next((name for name, module in modules_of(model) if module is embedding), default)
 
 
 def _plain(module: nn.Module) -> nn.Module:
@@ -48,7 +49,7 @@ def tied_module_names(model: nn.Module) -> list[str]:
     if config is None or getattr(config, "tie_word_embeddings", None) is False:
         return []
     declared: set[str] = set()
-    for prefix, module in model.named_modules():
+    for prefix, module in modules_of(model):
         keys = getattr(module, "_tied_weights_keys", None) or ()
         declared |= {f"{prefix}.{key}".lstrip(".") for key in keys}
     embedding = input_embedding_name(model)

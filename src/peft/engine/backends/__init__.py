@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..offload import fetched
+
 _BACKENDS: list[type["QuantizationBackend"]] = []
 _loaded = False
 
@@ -86,7 +88,7 @@ def dense_weight(base_layer: nn.Module, **options: Any) -> torch.Tensor:
         options: as `resolve_quantization_backend`.
     """
     backend = None if type(base_layer) in _DENSE else resolve_quantization_backend(base_layer, **options)
-    return base_layer.weight if backend is None else backend.get_base_weight(base_layer)
+    return fetched(base_layer, base_layer.weight) if backend is None else backend.get_base_weight(base_layer)
 
 
 def resolve_quantization_backend(base_layer: nn.Module, **kwargs: Any) -> QuantizationBackend | None:

@@ -13,7 +13,7 @@ class TrainableTokensConfig(PeftConfig):
     """Training of selected rows of an embedding, as for tokens that were added to a vocabulary.
 
     Args:
-        token_indices: the tokens whose rows train, from 0 to the number of rows less one; an empty list changes nothing.
+        token_indices: the tokens whose rows train, from 0 to the number of rows less one; none of them is fine.
         target_modules: names or dotted suffixes of the embeddings; a string is a regular expression for whole names.
             By default the model's input embedding. What is tied to it follows.
         init_weights: start from the rows that are there; otherwise from normal numbers.

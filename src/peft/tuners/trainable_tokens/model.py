@@ -85,8 +85,8 @@ class TrainableTokensModel(BaseTuner):
         if alone:
             warnings.warn(
                 f"{alone} are tied to the input embedding {embedding!r}, which is no target: only {alone} will use "
-                "the trained rows, until merging writes them into the common weight. Target the embedding to train the "
-                "rows of both."
+                "the trained rows, until merging writes them into the common weight. Target the embedding to train "
+                "the rows of both."
             )
         return []
 
