@@ -116,6 +116,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
 def test_every_kind_of_layer(name):
     build, shape, layer_cls = LAYERS[name]
     base = build()
@@ -178,7 +179,7 @@ def test_scales():
     assert model.supports_lora_conversion()
 
 
-# ------------------------------------------------------------------------------------------------------------ the start
+# ------------------------------------------------------------------------------------------ the start
 
 
 def test_the_default_start_changes_nothing():
@@ -257,10 +258,13 @@ def test_layers_of_several_dtypes_share_projections():
 # ---------------------------------------------------------------------------------------------------- several adapters
 
 
+@pytest.mark.filterwarnings("ignore:The active adapter 'default' was deleted")
 def test_adapters_with_the_same_values_share_storage():
     model = adapted()
     model.add_adapter("again", config())
-    assert all(buffers["again"] is buffers["default"] for buffers in (model.base_model.vera_A, model.base_model.vera_B))
+    assert all(
+        buffers["again"] is buffers["default"] for buffers in (model.base_model.vera_A, model.base_model.vera_B)
+    )
     model.delete_adapter("default")
     assert list(model.base_model.vera_A) == list(model.base_model.model.first.vera_A) == ["again"]
     assert model(x_of()).shape == (5, 3)
@@ -366,7 +370,7 @@ def test_a_tuner_on_a_model_with_vera_layers_takes_over_their_projections():
     assert set(second.vera_A) == {"first", "second"}
 
 
-# ------------------------------------------------------------------------------------------------------------ the files
+# ------------------------------------------------------------------------------------------ the files
 
 
 def saved(model, folder, adapter="default"):
@@ -524,7 +528,7 @@ def test_biases_are_saved_too(tmp_path):
         adapted(bias="some")
 
 
-# ---------------------------------------------------------------------------------------------------- the configuration
+# ------------------------------------------------------------------------------------------ the configuration
 
 
 def test_configuration():

@@ -109,6 +109,6 @@ def _boosted_basis() -> torch.Tensor:
     return torch.linalg.qr(torch.randn(WIDTH, WIDTH))[0] @ basis
 
 
-def _tile_starts(length: int, step: int = 20) -> list[int]:
+def _tile_starts(length: int, step: int = 28) -> list[int]:
     """Return where tiles begin: every `step` pixels, and one that ends with the frame."""
     return sorted({*range(0, length - CROP, step), length - CROP})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -113,6 +114,7 @@ def _write_what_goes_to_disk(
             continue
         if folder is None:
             raise ValueError(f"The device map puts {name} on disk; pass offload_folder to say where.")
+        os.makedirs(folder, exist_ok=True)
         offload_weight(tensor.detach(), name, folder, index)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .utils.caches import cache_argument, cache_in, cached_length
+from .utils.caches import CACHE_NAMES, cache_argument, cache_in, cached_length
 from .utils.modules import _get_batch_size
 from .utils.prompts import IGNORED, shift_tokens_right
 
@@ -110,6 +110,8 @@ class PromptInputs:
     ) -> None:
         stack = DECODER if self.model.has_two_stacks else INPUT
         if starts:
+            for name in CACHE_NAMES:  # an empty one, perhaps under its older name
+                arguments.pop(name, None)
             arguments[self._cache_argument()] = self.prompts.prompt(batch_size, task_ids)
         _widen(arguments, stack.mask, self.num_tokens)
         _shift(arguments, stack.positions, self.num_tokens)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .offload import call_with
+
 
 class Kind:
     """A sort of base layer. Kinds are stateless; each is one row of a table looked up by `kind_of`."""
@@ -45,7 +47,7 @@ class Kind:
 
     def call_with(self, layer: nn.Module, tensors: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward with some of its tensors replaced; right for every subclass with a forward of its own."""
-        return torch.func.functional_call(layer, tensors, args, kwargs)
+        return call_with(layer, tensors, args, kwargs)
 
 
 class LinearKind(Kind):

@@ -62,14 +62,18 @@ class Roster:
                 raise ValueError(f"There is no adapter {name!r}; known are {sorted(known)}.{hint}")
         if len(adapter_names) < 2 or not self.exclusive:
             return
+        contested: dict[str, list[str]] = {}
         for label in sorted(self.exclusive):
             rivals = [name for name in dict.fromkeys(adapter_names) if label in self.holders.get(name, ())]
             if len(rivals) > 1:
-                raise ValueError(
-                    f"The adapters {rivals} cannot be active together: each has its own copy of the module {label!r}, "
-                    "and only one copy can be used at a time. Activate one of them, or train one of them without "
-                    "that module."
-                )
+                contested[label] = rivals
+        if contested:
+            label, rivals = next(iter(contested.items()))
+            others = f" (and {', '.join(map(repr, list(contested)[1:5]))})" if len(contested) > 1 else ""
+            raise ValueError(
+                f"The adapters {rivals} cannot be active together: each has its own copy of the module {label!r}{others}, "
+                "and only one copy can be used at a time. Activate one of them, or train one of them without that module."
+            )
 
     def fallback(self, active: list[str], deleted: str) -> list[str]:
         """The adapters that are active once `deleted` is gone: the other active ones, else the first by name."""

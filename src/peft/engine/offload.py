@@ -32,6 +32,18 @@ def fetched(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
     return hook.weights_map[name].to(execution_device(module))
 
 
+def call_with(module: nn.Module, tensors: dict[str, torch.Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """`torch.func.functional_call`, for a module with offloaded weights too: its hook would fetch what was replaced."""
+    if offload_hook(module) is not None:
+        others = {name: tensor for name, tensor in module.named_parameters(recurse=False) if name not in tensors}
+        tensors = {**{name: fetched(module, tensor) for name, tensor in others.items()}, **tensors}
+        bare = module.__new__(type(module))
+        hooked = ("_hf_hook", "_old_forward", "forward")
+        bare.__dict__.update((name, value) for name, value in module.__dict__.items() if name not in hooked)
+        module = bare
+    return torch.func.functional_call(module, tensors, args, kwargs)
+
+
 def forget_hook(module: nn.Module) -> None:
     """Take accelerate's hook off a module, and leave its tensors as they are."""
     from accelerate.hooks import remove_hook_from_module

@@ -15,7 +15,7 @@ from ..utils.error import UnsupportedTableError
 from ..utils.integrations import gather_params_ctx
 from .kinds import CONV1D_TRANSFORMERS, EMBEDDING, LINEAR, embed_scale
 from .layer import DEFERRED, AdapterLayer, check_adapters_to_merge
-from .offload import fetched
+from .offload import call_with, fetched
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ class TrainableTokensLayer(AdapterLayer, nn.Module):
         if self.kind is CONV1D_TRANSFORMERS or self.quantization_backend or own_forward is nn.Linear.forward:
             return self._project(x, self.base_layer(x, *args, **kwargs), active_adapters)
         weights = {"weight": self.get_merged_weights(active_adapters)}
-        return torch.func.functional_call(layer, weights, (x, *args), kwargs)
+        return call_with(layer, weights, (x, *args), kwargs)
 
     def _look_up(self, x: torch.Tensor, result: torch.Tensor, adapters: list[str]) -> torch.Tensor:
         layer = self.get_base_layer()

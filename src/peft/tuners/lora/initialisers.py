@@ -7,7 +7,7 @@ a screen has a file of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,6 +38,8 @@ def initialise(layer: LoraLayer, adapter: str, value: bool | str) -> None:
     Raises:
         ValueError: no such initialiser.
     """
+    if next(parameters_of(layer, adapter)).is_meta:
+        return  # its values will be loaded
     if adapter in layer.lora_embedding_A:
         _start_embedding(layer, adapter, value)
         return
@@ -50,6 +52,11 @@ def initialise(layer: LoraLayer, adapter: str, value: bool | str) -> None:
         find_initialiser(value)(layer, adapter, value)
     else:
         raise ValueError(f"init_lora_weights must be True, False or a name, got {value!r}.")
+
+
+def parameters_of(layer: LoraLayer, adapter: str) -> Iterator[nn.Parameter]:
+    """The factors of an adapter."""
+    return (parameter for _, _, _, parameter in layer.adapter_parameters([adapter]))
 
 
 def find_initialiser(value: str) -> Initialiser:

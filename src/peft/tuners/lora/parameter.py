@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ...engine.lifecycle import AdapterHolder
+from ...engine.offload import call_with, fetched
 from ...utils.tensors import bare_linear
 from .layer import LoraLayer
 
@@ -147,11 +148,12 @@ class ParamWrapper(LoraLayer, nn.Module):
         while isinstance(module, ParamWrapper):
             names = [name for name, _ in module.plan]
             if names:
-                tensors[module.parameter_name] = module._adapted(module.get_param(), names)
+                parameter = fetched(module.get_base_layer(), module.get_param())
+                tensors[module.parameter_name] = module._adapted(parameter, names)
             module = module.base_layer
         if not tensors:
             return module(x, *args, **kwargs)
-        return torch.func.functional_call(module, tensors, (x, *args), kwargs)
+        return call_with(module, tensors, (x, *args), kwargs)
 
     # -------------------------------------------------------------------------------------------------------- merging
 

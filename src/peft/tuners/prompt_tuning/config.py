@@ -19,6 +19,22 @@ class PromptTuningInit(str, enum.Enum):
     RANDOM = "RANDOM"
 
 
+def check_start(start: str, starts: type[enum.Enum]) -> None:
+    """Refuse a start that does not exist.
+
+    Args:
+        start: what a configuration says.
+        starts: what there is.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    known = [member.value for member in starts]
+    if start not in known:
+        hint = did_you_mean(str(start), known)
+        raise ValueError(f"prompt_tuning_init={start!r} is none of {', '.join(known)}.{hint}")
+
+
 @dataclass
 class PromptTuningConfig(PromptLearningConfig):
     """Prompt tuning (arXiv 2104.08691): embeddings of virtual tokens are learned and put before the input's.
@@ -47,15 +63,11 @@ class PromptTuningConfig(PromptLearningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.PROMPT_TUNING
-        known = [start.value for start in self.starts]
-        if self.prompt_tuning_init not in known:
-            hint = did_you_mean(str(self.prompt_tuning_init), known)
-            raise ValueError(f"prompt_tuning_init={self.prompt_tuning_init!r} is none of {', '.join(known)}.{hint}")
+        check_start(self.prompt_tuning_init, self.starts)
         if self.prompt_tuning_init == PromptTuningInit.TEXT:
             for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
                 if not getattr(self, name):
                     raise ValueError(f"prompt_tuning_init='TEXT' needs {name}, got {getattr(self, name)!r}.")
         elif self.tokenizer_kwargs:
-            raise ValueError(
-                f"tokenizer_kwargs are for prompt_tuning_init='TEXT', which is {self.prompt_tuning_init!r}."
-            )
+            start = getattr(self.prompt_tuning_init, "value", self.prompt_tuning_init)
+            raise ValueError(f"tokenizer_kwargs are used with prompt_tuning_init='TEXT' only, not with {start!r}.")
