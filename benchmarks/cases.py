@@ -130,6 +130,7 @@ def training_step(model, x) -> Callable[[], None]:
 def against_the_bare_model(hidden: int, layers: int, rows: int, repeats: int) -> dict[str, float]:
     """Seconds beyond the bare model, of a training step (gradient of the input alone, for the bare one) and a forward."""
     import torch
+
     from peft import get_peft_model
 
     x = torch.randn(rows, hidden)

@@ -75,9 +75,7 @@ class Limit:
     match: str
 
 
-LIMITS = (
-    Limit("LORA*", "conv?d-groups*", "merge", NotImplementedError, "groups"),
-)
+LIMITS = (Limit("LORA*", "conv?d-groups*", "merge", NotImplementedError, "groups"),)
 """The first that fits counts. Actions: adapt, merge, mixed batch, both at once."""
 
 

@@ -73,7 +73,7 @@ def adapted(**options):
     model = get_peft_model(Net(), LoraConfig(r=2, target_modules=["lin0", "lin1"], **options))
     torch.manual_seed(1)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
@@ -101,7 +101,9 @@ class TestLora:
         output = model(X)
         model.merge_adapter()
         assert model.base_model.model.lin0.base_layer.qweight.dtype == torch.int8
-        assert not torch.equal(model.base_model.model.lin0.base_layer.qweight, before["base_model.model.lin0.base_layer.qweight"])
+        assert not torch.equal(
+            model.base_model.model.lin0.base_layer.qweight, before["base_model.model.lin0.base_layer.qweight"]
+        )
         assert torch.allclose(model(X), output, atol=0.05)  # packing rounds
         model.unmerge_adapter()
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

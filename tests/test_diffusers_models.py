@@ -12,17 +12,17 @@ from parameterized import parameterized
 
 diffusers = pytest.importorskip("diffusers")
 
+import life  # noqa: E402
 from diffusers import (  # noqa: E402
     CogVideoXTransformer3DModel,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
+from life import Door  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-import life  # noqa: E402
-from life import Door  # noqa: E402
 from peft import LoraConfig, get_peft_model_state_dict  # noqa: E402
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 from peft.utils import ModulesToSaveWrapper  # noqa: E402
@@ -353,6 +353,8 @@ class TestFiles:
             door.model.load_lora_adapter(state, prefix=None, adapter_name="b")
         assert list(door.model.peft_config) == ["a"]
         assert not any(".b." in name for name in door.model.state_dict())
+        assert door.flags() == flags
+        assert torch.equal(door.out(), output)
 
 
 class TestScale:

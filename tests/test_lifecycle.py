@@ -2,13 +2,13 @@
 
 import copy
 
+import life
 import pytest
 import torch
+from life import InjectDoor, PeftModelDoor
 from torch import nn
 
-import life
 import peft
-from life import InjectDoor, PeftModelDoor
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -154,8 +154,8 @@ class TestPeftModelOnly:
             model = peft.get_peft_model(net(), config(), adapter_name="a")
             move(model, "a")
             x = X.clone().requires_grad_(True)
-            run = model if use_reentrant is None else lambda x: checkpoint(model, x, use_reentrant=use_reentrant)
-            run(x).square().mean().backward()
+            output = model(x) if use_reentrant is None else checkpoint(model, x, use_reentrant=use_reentrant)
+            output.square().mean().backward()
             gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
         for other in gradients[1:]:
             assert all(torch.equal(gradients[0][name], other[name]) for name in gradients[0])

@@ -8,13 +8,9 @@ there are no kinds of layers, no merging and no base weights to bring back. Its 
 import copy
 import pickle
 
+import matrix
 import pytest
 import torch
-from torch import nn
-from torch.testing import assert_close
-
-import matrix
-import peft
 from matrix import (
     BASES,
     FIRST,
@@ -31,8 +27,10 @@ from matrix import (
     trainable,
     tuner_layers,
 )
+from torch.testing import assert_close
+
+import peft
 from peft.engine.layer import AdapterLayer, AdditiveLayer, MultiplicativeLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.registry import all_methods
 
 ADAPTED = matrix.cases(BASES)
@@ -495,10 +493,6 @@ def test_switching_between_two_adapters(case):
     second = output(model, case.x)
     assert trainable(model) == names_of(model, SECOND)
     assert (first - second).abs().max() > 1e-3
-    alone = peft.get_peft_model(case.base.make(), case.variant.config(SECOND), adapter_name=SECOND)
-    perturb(alone, SECOND)
-    if case.shares_nothing:
-        assert same(output(alone, case.x), second)
     model.set_adapter(FIRST)
     assert same(output(model, case.x), first)
     status = model.get_model_status()
@@ -618,21 +612,18 @@ def test_copies(case, duplicate):
 def test_state_dict_goes_into_another_model(case, low_cpu_mem_usage, dtype):
     model = case.one(dtype)
     saved = peft.get_peft_model_state_dict(model, adapter_name=FIRST)
-    assert saved and not [key for key in saved if FIRST in key.split(".") and not case.names_adapter_in_files]
-    other = case.fresh(dtype, low_cpu_mem_usage=low_cpu_mem_usage)
-    other_keys = peft.get_peft_model_state_dict(other, adapter_name=FIRST).keys()
-    assert other_keys == saved.keys()
-    result = peft.set_peft_model_state_dict(
-        other, saved, adapter_name=FIRST, low_cpu_mem_usage=low_cpu_mem_usage
+    other = peft.get_peft_model(
+        case.base.make(dtype), case.variant.config(FIRST), adapter_name=SECOND, low_cpu_mem_usage=low_cpu_mem_usage
     )
+    result = peft.set_peft_model_state_dict(other, saved, adapter_name=SECOND, low_cpu_mem_usage=low_cpu_mem_usage)
     assert result.unexpected_keys == []
-    assert not names_of(other, FIRST).intersection(result.missing_keys)
+    assert not names_of(other, SECOND).intersection(result.missing_keys)
     assert not [name for name, tensor in other.state_dict().items() if tensor.is_meta]
-    again = peft.get_peft_model_state_dict(other, adapter_name=FIRST)
-    assert changed(saved, again) == set()
+    again = peft.get_peft_model_state_dict(other, adapter_name=SECOND)
+    assert changed(saved, {key.replace(f".{SECOND}.", f".{FIRST}."): value for key, value in again.items()}) == set()
+    assert trainable(other) == names_of(other, SECOND)
     x = case.base.input(dtype)
-    assert_equal_models(other, model, x)
-    assert trainable(other) == names_of(other, FIRST)
+    assert same(output(other, x), output(model, x))
 
 
 @over(ADAPTED)

@@ -278,14 +278,14 @@ def test_the_rows_can_be_made_without_storage():
 
 
 def test_two_adapters_of_different_tokens():
-    model, x = trained(adapted(1, 2, adapter_name="a"), "a"), torch.arange(10)
-    model.add_adapter("b", config(7))
-    trained(model, "b")
+    model, x = trained(adapted(1, 2, adapter_name="one"), "one"), torch.arange(10)
+    model.add_adapter("two", config(7))
+    trained(model, "two")
     layer = layer_of(model)
-    model.base_model.set_adapter(["a", "b"])
+    model.base_model.set_adapter(["one", "two"])
     rows = layer(x)
-    assert torch.equal(rows[[1, 2]], layer.trainable_tokens_delta["a"])
-    assert torch.equal(rows[[7]], layer.trainable_tokens_delta["b"])
+    assert torch.equal(rows[[1, 2]], layer.trainable_tokens_delta["one"])
+    assert torch.equal(rows[[7]], layer.trainable_tokens_delta["two"])
     others = [0, 3, 4, 5, 6, 8, 9]
     assert torch.equal(rows[others], layer.weight[others])
     before = model(x)
@@ -294,56 +294,56 @@ def test_two_adapters_of_different_tokens():
 
 
 def test_two_adapters_of_one_token_cannot_be_used_together():
-    model = adapted(1, 2, adapter_name="a")
-    model.add_adapter("b", config(2, 3))
-    model.base_model.set_adapter(["a", "b"])
-    with pytest.raises(ValueError, match="'a' and 'b' both train the row of token 2 in embed"):
+    model = adapted(1, 2, adapter_name="one")
+    model.add_adapter("two", config(2, 3))
+    model.base_model.set_adapter(["one", "two"])
+    with pytest.raises(ValueError, match="'one' and 'two' both train the row of token 2 in embed"):
         model(torch.arange(10))
     with pytest.raises(ValueError, match="token 2"):
         model.merge_adapter()
-    model.set_adapter("a")
+    model.set_adapter("one")
     model.merge_adapter()
     with pytest.raises(ValueError, match="token 2"):
-        model.merge_adapter(["b"])
+        model.merge_adapter(["two"])
     model.unmerge_adapter()
-    model.base_model.set_adapter(["a", "a"])
+    model.base_model.set_adapter(["one", "one"])
     assert model(torch.arange(10)).shape == (10, 10)
 
 
 def test_an_adapter_made_while_another_is_merged_starts_from_the_table():
-    model = trained(adapted(1, adapter_name="a"), "a")
+    model = trained(adapted(1, adapter_name="one"), "one")
     original = layer_of(model).weight.clone()
     model.merge_adapter()
-    model.add_adapter("b", config(1))
-    assert torch.equal(layer_of(model).trainable_tokens_delta["b"], original[[1]])
+    model.add_adapter("two", config(1))
+    assert torch.equal(layer_of(model).trainable_tokens_delta["two"], original[[1]])
 
 
 def test_layers_without_the_active_adapter_are_as_they_were():
-    model = adapted(1, adapter_name="a")
-    model.add_adapter("b", config(1, target_modules=["head"]))
-    model.set_adapter("b")
-    layer_of(model).trainable_tokens_delta["a"].data.fill_(9.0)
+    model = adapted(1, adapter_name="one")
+    model.add_adapter("two", config(1, target_modules=["head"]))
+    model.set_adapter("two")
+    layer_of(model).trainable_tokens_delta["one"].data.fill_(9.0)
     torch.testing.assert_close(model(torch.arange(10)), Net.forward(copy.deepcopy(model).unload(), torch.arange(10)))
 
 
 def test_a_mixed_batch():
-    model, x = trained(adapted(1, adapter_name="a"), "a"), torch.ones(3, 2, dtype=torch.long)
-    model.add_adapter("b", config(1))
-    trained(model, "b")
+    model, x = trained(adapted(1, adapter_name="one"), "one"), torch.ones(3, 2, dtype=torch.long)
+    model.add_adapter("two", config(1))
+    trained(model, "two")
     rows = {}
-    for name in ("a", "b"):
+    for name in ("one", "two"):
         model.set_adapter(name)
         rows[name] = model(x)[0]
     with model.disable_adapter():
         rows["__base__"] = model(x)[0]
-    names = ["b", "__base__", "a"]
+    names = ["two", "__base__", "one"]
     torch.testing.assert_close(model(x, adapter_names=names), torch.stack([rows[name] for name in names]))
 
 
 def test_deleting():
-    model, x = trained(adapted(1, adapter_name="a"), "a"), torch.arange(10)
+    model, x = trained(adapted(1, adapter_name="one"), "one"), torch.arange(10)
     layer = layer_of(model)
-    model.delete_adapter("a")
+    model.delete_adapter("one")
     assert (
         not layer.token_indices and not len(layer.trainable_tokens_delta) and not len(layer.trainable_tokens_original)
     )
@@ -373,7 +373,7 @@ class Nested(nn.Module):
         return sum(child["embed_tokens"](x) for child in self.children())
 
 
-@pytest.mark.parametrize("names", [["a"], ["a", "b"]])
+@pytest.mark.parametrize("names", [["one"], ["one", "two"]])
 def test_a_model_that_does_not_say_which_its_embedding_is(names):
     model = get_peft_model(Nested(*names), TrainableTokensConfig(token_indices=[1]))
     assert model.base_model.targeted_module_names == [f"{name}.embed_tokens" for name in names]
@@ -518,18 +518,19 @@ def test_a_tied_model(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", TIED)
+@pytest.mark.filterwarnings("ignore:The active adapter 'two' was deleted")
 def test_a_second_adapter_on_a_tied_model(name):
     build, embedding, tied, inputs = TIED[name]
-    model = trained(get_peft_model(build(), tokens(1, 3), "a"), "a")
+    model = trained(get_peft_model(build(), tokens(1, 3), "one"), "one")
     before = out(model, inputs)
-    model.add_adapter("b", tokens(2))
-    trained(model, "b")
+    model.add_adapter("two", tokens(2))
+    trained(model, "two")
     assert not any("base_layer.base_layer" in key for key in model.state_dict())
     assert torch.equal(out(model, inputs), before)
-    model.set_adapter("b")
-    assert trainable(model) == {f"base_model.model.{embedding}.trainable_tokens_delta.b"}
+    model.set_adapter("two")
+    assert trainable(model) == {f"base_model.model.{embedding}.trainable_tokens_delta.two"}
     assert not torch.allclose(out(model, inputs), before)
-    model.delete_adapter("b")
+    model.delete_adapter("two")
     assert torch.equal(out(model, inputs), before)
 
 
@@ -589,10 +590,10 @@ def test_listing_the_head_alone_on_a_tied_model():
 @pytest.mark.filterwarnings("ignore:.*are tied")
 @pytest.mark.parametrize("first, second", [(None, ["lm_head"]), (["lm_head"], None)])
 def test_adapters_must_agree_on_whether_the_head_shares_rows(first, second):
-    model = get_peft_model(llama(), tokens(1, target_modules=first), "a")
+    model = get_peft_model(llama(), tokens(1, target_modules=first), "one")
     before, names = model(IDS).logits, {name for name, _ in model.named_modules()}
-    with pytest.raises(ValueError, match=r"\['a'\] have rows of 'lm_head'"):
-        model.add_adapter("b", tokens(2, target_modules=second))
+    with pytest.raises(ValueError, match=r"\['one'\] have rows of 'lm_head'"):
+        model.add_adapter("two", tokens(2, target_modules=second))
     assert {name for name, _ in model.named_modules()} == names
     assert torch.equal(model(IDS).logits, before)
 
@@ -694,15 +695,16 @@ def test_rows_that_cannot_train_beside_lora(options, error):
     assert not any(isinstance(module, BaseTunerLayer) for module in base.modules())
 
 
+@pytest.mark.filterwarnings("ignore:The active adapter 'two' was deleted")
 def test_two_adapters_with_rows_beside_lora():
-    model = get_peft_model(llama(), lora([1, 3]), "a")
-    nn.init.normal_(wrapper_rows(model, "a"))
+    model = get_peft_model(llama(), lora([1, 3]), "one")
+    nn.init.normal_(wrapper_rows(model, "one"))
     before = model(IDS).logits
-    model.add_adapter("b", lora([1, 2]))
-    nn.init.normal_(wrapper_rows(model, "b"))
+    model.add_adapter("two", lora([1, 2]))
+    nn.init.normal_(wrapper_rows(model, "two"))
     assert torch.equal(model(IDS).logits, before)
-    model.set_adapter("b")
+    model.set_adapter("two")
     assert not torch.allclose(model(IDS).logits, before)
-    assert all(".b" in name for name in trainable(model))
-    model.delete_adapter("b")
+    assert all(".two" in name for name in trainable(model))
+    model.delete_adapter("two")
     assert torch.equal(model(IDS).logits, before)

@@ -7,6 +7,8 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+import life  # noqa: E402
+from life import Door, PeftModelDoor  # noqa: E402
 from transformers import (  # noqa: E402
     BertConfig,
     BertForSequenceClassification,
@@ -16,8 +18,6 @@ from transformers import (  # noqa: E402
     LlamaForCausalLM,
 )
 
-import life  # noqa: E402
-from life import Door, PeftModelDoor  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper  # noqa: E402
 

@@ -19,14 +19,15 @@ from .peft_model import (
 from .utils.constants import TOKENIZER_CONFIG_NAME
 from .utils.hub import file_exists as check_file_exists_on_hf_hub
 
-MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
-    "SEQ_CLS": PeftModelForSequenceClassification,
-    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
-    "CAUSAL_LM": PeftModelForCausalLM,
-    "TOKEN_CLS": PeftModelForTokenClassification,
-    "QUESTION_ANS": PeftModelForQuestionAnswering,
-    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
-}
+TASK_MODELS = (
+    PeftModelForSequenceClassification,
+    PeftModelForSeq2SeqLM,
+    PeftModelForCausalLM,
+    PeftModelForTokenClassification,
+    PeftModelForQuestionAnswering,
+    PeftModelForFeatureExtraction,
+)
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {cls.task.value: cls for cls in TASK_MODELS}
 
 
 def get_default_import_allowlist() -> list[str]:

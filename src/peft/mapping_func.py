@@ -8,8 +8,8 @@ from torch import nn
 
 from .auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from .config import PeftConfig
-from .engine.tuner import BaseTuner
 from .engine.lifecycle import holders_of
+from .engine.tuner import BaseTuner
 from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from .peft_model import PeftModel, warn_about_prefix
 

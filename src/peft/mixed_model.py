@@ -19,6 +19,7 @@ from .engine.undo import Undo
 from .peft_model import PeftModel, warn_about_prefix
 from .tuners.mixed.model import MixedModel, check_can_be_mixed
 from .utils.constants import DUMMY_MODEL_CONFIG
+from .utils.forwarding import ForwardsAttributes
 from .utils.naming import check_adapter_name
 from .utils.training import require_input_grads
 
@@ -30,7 +31,7 @@ def _prepare_model_for_gradient_checkpointing(model: nn.Module) -> nn.Module:
     return model
 
 
-class PeftMixedModel(PushToHubMixin, nn.Module):
+class PeftMixedModel(PushToHubMixin, ForwardsAttributes, nn.Module):
     """A base model with adapters of several methods, for inference with combinations of them.
 
     Adapters are injected around each other in the order in which they come; see `MixedModel`. Attributes that the
@@ -45,6 +46,7 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
         ValueError: the method cannot be mixed with others.
     """
 
+    forwards_to = "base_model"
     is_mixed = True
     _is_prompt_learning = False
 
@@ -60,14 +62,6 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
         if hasattr(self.config, "pretraining_tp"):
             # Sliced linear layers would go around the adapters.
             self.config.pretraining_tp = 1
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model":  # half-built: there is no model to ask yet
-                raise
-            return getattr(self.base_model, name)
 
     # --------------------------------------------------------------------------------------------------- what it holds
 

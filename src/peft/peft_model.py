@@ -34,6 +34,7 @@ from .engine.tuner import BaseTuner, cast_adapter_dtype
 from .engine.undo import Undo
 from .prompt_learning import PromptLearning
 from .utils.constants import DUMMY_MODEL_CONFIG, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from .utils.forwarding import ForwardsAttributes
 from .utils.naming import check_adapter_name, did_you_mean
 from .utils.peft_types import PeftType, TaskType
 from .utils.registry import method
@@ -51,7 +52,7 @@ def warn_about_prefix(config: PeftConfig, adapter_name: str) -> None:
         )
 
 
-class PeftModel(PushToHubMixin, nn.Module):
+class PeftModel(PushToHubMixin, ForwardsAttributes, nn.Module):
     """A base model with adapters of one method.
 
     Attributes that the wrapper does not have are the tuner's, then the base model's.
@@ -63,6 +64,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         autocast_adapter_dtype: keep half-precision adapter weights in float32.
         low_cpu_mem_usage: make the adapter's parameters on the meta device, to be loaded afterwards.
     """
+
+    forwards_to = "base_model"
 
     def __init__(
         self,
@@ -98,14 +101,6 @@ class PeftModel(PushToHubMixin, nn.Module):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool) -> None:
         if hasattr(self.base_model, "_cast_adapter_dtype"):
             self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model":  # half-built: there is no model to ask yet
-                raise
-            return getattr(self.base_model, name)
 
     # ------------------------------------------------------------------------------------------------------ what it holds
 

@@ -18,6 +18,7 @@ from torch import nn
 from .config import PeftConfig
 from .peft_model import PeftModel
 from .prompt_inputs import PromptInputs
+from .utils.peft_types import TaskType
 
 
 def _needs_task_ids(model: PeftModel) -> bool:
@@ -35,6 +36,8 @@ class _TaskModel(PeftModel):
         kwargs: further arguments of `PeftModel`.
     """
 
+    task: ClassVar[TaskType]
+    """The `task_type` that asks for this class."""
     heads: ClassVar[tuple[str, ...]] = ()
     """Names that the output layer of such a model goes by; it is trained in full and saved with the adapter."""
     has_two_stacks: ClassVar[bool] = False
@@ -97,6 +100,7 @@ def add_heads(config: PeftConfig, heads: tuple[str, ...]) -> None:
 class PeftModelForSequenceClassification(_TaskModel):
     """A `PeftModel` that classifies sequences; the classifier is trained in full."""
 
+    task = TaskType.SEQ_CLS
     heads = ("classifier", "score")
     has_token_types = True
 
@@ -128,6 +132,7 @@ class PeftModelForSequenceClassification(_TaskModel):
 class PeftModelForTokenClassification(_TaskModel):
     """A `PeftModel` that classifies tokens; the classifier is trained in full."""
 
+    task = TaskType.TOKEN_CLS
     heads = ("classifier", "score")
     has_token_types = True
     labels_are_per_token = True
@@ -143,6 +148,7 @@ class PeftModelForTokenClassification(_TaskModel):
 class PeftModelForFeatureExtraction(_TaskModel):
     """A `PeftModel` that gives hidden states."""
 
+    task = TaskType.FEATURE_EXTRACTION
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -155,20 +161,16 @@ class PeftModelForFeatureExtraction(_TaskModel):
         **kwargs: Any,
     ) -> Any:
         """The base model's forward; `input_ids` (batch, tokens)."""
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "inputs_embeds": inputs_embeds,
-            "output_attentions": output_attentions,
-            "output_hidden_states": output_hidden_states,
-            "return_dict": return_dict,
-        }
+        texts = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        shown = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        inputs = texts | shown | {"return_dict": return_dict}
         return self._run(inputs, task_ids, kwargs)
 
 
 class PeftModelForQuestionAnswering(_TaskModel):
     """A `PeftModel` that marks answers in a text; the output layer is trained in full."""
 
+    task = TaskType.QUESTION_ANS
     heads = ("qa_outputs",)
     has_token_types = True
 
@@ -295,6 +297,7 @@ def _with_room(prepare_cache: Callable[..., Any], tokens: int) -> Callable[..., 
 class PeftModelForCausalLM(_GeneratingModel):
     """A `PeftModel` that continues texts."""
 
+    task = TaskType.CAUSAL_LM
     labels_are_per_token = True
 
     def forward(
@@ -335,6 +338,7 @@ class PeftModelForCausalLM(_GeneratingModel):
 class PeftModelForSeq2SeqLM(_GeneratingModel):
     """A `PeftModel` with an encoder and a decoder."""
 
+    task = TaskType.SEQ_2_SEQ_LM
     has_two_stacks = True
 
     def forward(

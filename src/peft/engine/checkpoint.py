@@ -19,8 +19,8 @@ from ..utils.constants import (
     SAFETENSORS_WEIGHTS_NAME,
     WEIGHTS_NAME,
 )
-from ..utils.hub import cached_file, file_exists, is_offline
 from ..utils.devices import infer_device
+from ..utils.hub import cached_file, file_exists, is_offline
 from .layer import BaseTunerLayer
 from .lifecycle import AdapterHolder, holders_of
 from .matching import match_target_against_key

@@ -7,7 +7,6 @@ which kind of base layer) and `layer_options` (what its configuration says about
 from __future__ import annotations
 
 import warnings
-from abc import ABC
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -17,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..utils.error import NoMatchingPeftModuleError
+from ..utils.forwarding import ForwardsAttributes
 from ..utils.naming import check_adapter_name
 from ..utils.registry import METHODS
 from .backends import resolve_quantization_backend
@@ -29,7 +29,7 @@ from .offload import onload_layer
 from .undo import Undo
 
 
-class BaseTuner(nn.Module, ABC):
+class BaseTuner(ForwardsAttributes, nn.Module):
     """Injects the adapters of a method into a model and steers them.
 
     Attributes that the tuner does not have are the model's.
@@ -42,6 +42,7 @@ class BaseTuner(nn.Module, ABC):
         state_dict: target what this adapter state has weights for, instead of what the configuration selects.
     """
 
+    forwards_to = "model"
     prefix: ClassVar[str]
     tuner_layer_cls: ClassVar[type[BaseTunerLayer]] = BaseTunerLayer
     target_module_mapping: ClassVar[dict[str, Any]] = {}
@@ -86,14 +87,6 @@ class BaseTuner(nn.Module, ABC):
         undo.push(joined.put_back, dict(joined))
         joined.update(configs)
         return joined
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":  # half-built: there is no model to ask yet
-                raise
-            return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)

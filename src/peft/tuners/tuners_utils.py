@@ -1,8 +1,12 @@
 """Public import path of what all tuners have in common; it lives in the engine."""
 # layer: top
 
+from ..config import PeftConfig
+from ..engine.auxiliary import AuxiliaryTrainingWrapper
+from ..engine.backends import QuantizationBackend
 from ..engine.encoders import BasePromptEncoder
 from ..engine.injection import set_additional_trainable_modules
+from ..engine.inspection import find_parameter_name_by_module, get_device_map, inspect_matched_modules
 from ..engine.layer import BaseTunerLayer, check_adapters_to_merge
 from ..engine.matching import (
     _ExcludedModule,
@@ -19,10 +23,6 @@ from ..engine.tuner import (
     set_adapter,
     set_requires_grad,
 )
-from ..engine.inspection import find_parameter_name_by_module, get_device_map, inspect_matched_modules
-from ..engine.auxiliary import AuxiliaryTrainingWrapper
-from ..engine.backends import QuantizationBackend
-from ..config import PeftConfig
 from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from ..utils.buffer_dict import BufferDict
 from ..utils.constants import (

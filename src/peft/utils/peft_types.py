@@ -6,7 +6,6 @@ import enum
 
 from .registry import METHODS, Method
 
-
 _METHOD_NAMES = """
     PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING LORA ADALORA ADAMSS BOFT ADAPTION_PROMPT IA3
     BEFT LILY LOHA LOKR OFT POLY LN_TUNING VERA FROD PVERA FOURIERFT GLORA XLORA HRA VBLORA UNILORA CPT MISS
@@ -24,15 +23,10 @@ PeftType = _Names("PeftType", {name: name for name in _METHOD_NAMES.split()}, mo
 PeftType.__doc__ = "A parameter-efficient fine-tuning method; the value is what `adapter_config.json` stores."
 
 
-class TaskType(str, enum.Enum):
-    """What the adapted model is for; decides the `PeftModelFor...` class and which head is trained in full."""
+_TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+TaskType = _Names("TaskType", {task: task for task in _TASKS}, module=__name__)
+TaskType.__doc__ = "What the model is for: it decides the `PeftModelFor...` class, and which head is trained in full."
 
 
 def register_peft_method(

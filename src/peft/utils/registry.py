@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator
+from typing import Any
 
 from .naming import near_misses
 
@@ -73,7 +74,7 @@ class MethodTable(dict):
         super().__init__()
         self._value, self._include = value, include
 
-    def _load(self) -> "MethodTable":
+    def _load(self) -> MethodTable:
         for peft_type, entry in all_methods().items():
             if self._include(entry):
                 super().setdefault(peft_type, self._value(entry))

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..offload import fetched
 
-_BACKENDS: list[type["QuantizationBackend"]] = []
+_BACKENDS: list[type[QuantizationBackend]] = []
 _loaded = False
 
 
@@ -29,7 +29,7 @@ class QuantizationBackend(ABC):
 
     @classmethod
     @abstractmethod
-    def claims(cls, base_layer: nn.Module, options: dict[str, Any]) -> "QuantizationBackend | None":
+    def claims(cls, base_layer: nn.Module, options: dict[str, Any]) -> QuantizationBackend | None:
         """A backend for this layer, None if it is not of this sort.
 
         Args:

@@ -28,6 +28,7 @@ class LNTuningModel(BaseTuner):
     prefix: ClassVar[str] = "ln_tuning_"
     tuner_layer_cls = LNTuningLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
+    layer_classes: ClassVar[dict[str, type[LNTuningLayer]]] = {"any": LNTuningLayer}
 
     def _create_and_replace(
         self,
