@@ -499,7 +499,14 @@ class AdditiveLayer(AdapterLayer):
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set an adapter's scaling to `scale` times what it started with; unknown names are ignored."""
         if adapter in self.scaling:
-            self.scaling[adapter] = scale * self.initial_scaling(adapter)
+            self._set_scaling(adapter, scale * self.initial_scaling(adapter))
+
+    def _set_scaling(self, adapter: str, value: float) -> None:
+        current = self.scaling[adapter]
+        if torch.is_tensor(current):  # a compiled model is not to notice
+            current.fill_(value)
+        else:
+            self.scaling[adapter] = value
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters."""
@@ -507,15 +514,14 @@ class AdditiveLayer(AdapterLayer):
             return
         for adapter in self.active_adapters:
             if adapter in self.scaling:
-                self.scaling[adapter] *= scale
+                self._set_scaling(adapter, self.scaling[adapter] * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of the active adapters, or set it to what it started as."""
         for adapter in self.active_adapters:
             if adapter in self.scaling:
-                self.scaling[adapter] = (
-                    self.initial_scaling(adapter) if scale is None else self.scaling[adapter] / scale
-                )
+                before = self.scaling[adapter]
+                self._set_scaling(adapter, self.initial_scaling(adapter) if scale is None else before / scale)
 
 
 class MultiplicativeLayer(AdapterLayer):

@@ -30,6 +30,8 @@ class Slot:
     live: str
     saved: str
     entry: Entry
+    holder: Any
+    """The layer, wrapper or tuner that it belongs to."""
 
 
 @dataclass
@@ -76,15 +78,15 @@ class AdapterState:
                 continue  # a wrapper speaks for what is inside it
             if isinstance(holder, AuxiliaryTrainingWrapper):
                 inside = f"{name}."
-            yield from self._prefixed(name, holder.state_entries(self.adapter_name))
+            yield from self._prefixed(name, holder, holder.state_entries(self.adapter_name))
         tuner = getattr(self.model, "base_model", None)
         if tuner is not None and hasattr(tuner, "shared_state_entries"):
-            yield from self._prefixed("base_model", tuner.shared_state_entries(self.adapter_name))
+            yield from self._prefixed("base_model", tuner, tuner.shared_state_entries(self.adapter_name))
 
-    def _prefixed(self, name: str, entries: Iterator[Entry]) -> Iterator[Slot]:
+    def _prefixed(self, name: str, holder: Any, entries: Iterator[Entry]) -> Iterator[Slot]:
         live, saved = (f"{path}." if path else "" for path in (name, self._file_name(name)))
         for entry in entries:
-            yield Slot(live + entry.live, saved + entry.saved, entry)
+            yield Slot(live + entry.live, saved + entry.saved, entry, holder)
 
     def _file_name(self, name: str) -> str:
         """A holder's name without the layers of other adapters' methods around it, which a file knows nothing of."""
@@ -155,7 +157,7 @@ class AdapterState:
             RuntimeError: a tensor has another shape than its place.
             ValueError: a tensor has NaN or infinite values.
         """
-        state = self._hook("adapter_state_to_load", {self._key(key): value for key, value in state.items()})
+        state = self._hook("adapter_state_to_load", {self.file_key(key): value for key, value in state.items()})
         plan = {key: (slot, state[key]) for key, slot in self.slots.items() if key in state}
         extra = {key: value for key, value in state.items() if key not in self.slots}
         base, unexpected = self._base_tensors(extra)
@@ -173,7 +175,7 @@ class AdapterState:
         missing = [slot.live for key, slot in self.slots.items() if key not in plan]
         return LoadResult(missing, unexpected)
 
-    def _key(self, key: str) -> str:
+    def file_key(self, key: str) -> str:
         """A name on disk as this model has it: with the wrapper's prefix exactly if the model is wrapped."""
         key = key.removeprefix("_orig_mod.")
         if "lora_magnitude_vector.weight" in key:

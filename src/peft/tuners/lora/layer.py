@@ -354,10 +354,11 @@ class Linear(LoraLayer, nn.Module):
 
     def _stacked_factors(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """A (n, r, in) with the scalings in it, and B (n, out, r), of adapters of any rank, padded by zeros."""
-        rank = max(self.r[name] for name in names)
-        A = [F.pad(self.lora_A[n].weight * self.scaling[n], (0, 0, 0, rank - self.r[n])) for n in names]
-        B = [F.pad(self.lora_B[n].weight, (0, rank - self.r[n])) for n in names]
-        return torch.stack(A), torch.stack(B)
+        # By their shapes: factors that are prepared for hotswapping are padded already.
+        A, B = [self.lora_A[name].weight for name in names], [self.lora_B[name].weight for name in names]
+        rank = max(len(factor) for factor in A)
+        A = [F.pad(factor * self.scaling[n], (0, 0, 0, rank - len(factor))) for n, factor in zip(names, A)]
+        return torch.stack(A), torch.stack([F.pad(factor, (0, rank - factor.shape[1])) for factor in B])
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         delta = self.delta_weight(adapter)
