@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fnmatch
 import functools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -68,14 +68,22 @@ class Limit:
     """Something that a method declares not to do on some layers: the error that says so."""
 
     method: str
+    """Regular expression for names of methods and variants."""
     base: str
-    """Pattern of the names of base layers."""
+    """Regular expression for names of base layers."""
     action: str
     error: type[Exception]
     match: str
 
 
-LIMITS = (Limit("LORA*", "conv?d-groups*", "merge", NotImplementedError, "groups"),)
+LIMITS = (
+    Limit("LORA-dora", "multihead_attention", "adapt", ValueError, "use_dora"),
+    Limit("LORA.*", "conv.d-groups.*", "merge", NotImplementedError, "groups"),
+    Limit("LORA", "multihead_attention", "mixed batch", TypeError, "layer does not support mixed batches"),
+    Limit("LN_TUNING", "multihead_attention", "mixed batch", TypeError, "layer: a mixed batch needs"),
+    Limit("VERA", "multihead_attention|layer_norm", "adapt", ValueError, "layer.*supported are"),
+    Limit("TRAINABLE_TOKENS", "conv.d(-.*)?|multihead_attention|layer_norm", "adapt", ValueError, "tokens need"),
+)
 """The first that fits counts. Actions: adapt, merge, mixed batch, both at once."""
 
 
@@ -294,13 +302,16 @@ class Case:
         return classes.get(self.base.kind, classes.get("any"))
 
     def limit(self, action: str) -> Limit | None:
+        """What the method declares not to do, None if it does the action here."""
+        if action == "both at once" and self.layer_class.exclusive:
+            return Limit(self.variant.name, self.base.name, action, ValueError, "layer")
         return next(
             (
                 limit
                 for limit in LIMITS
                 if limit.action == action
-                and fnmatch.fnmatchcase(self.variant.name, limit.method)
-                and fnmatch.fnmatchcase(self.base.name, limit.base)
+                and re.fullmatch(limit.method, self.variant.name)
+                and re.fullmatch(limit.base, self.base.name)
             ),
             None,
         )

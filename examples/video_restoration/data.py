@@ -40,7 +40,7 @@ def read_film(name: str, size: tuple[int, int] = (144, 176)) -> torch.Tensor:
             torch.from_numpy(frame.to_ndarray(format="rgb24", height=size[0], width=size[1]))
             for frame in container.decode(video=0)
         ]
-    return torch.stack(frames).permute(0, 3, 1, 2).float() / 255
+    return torch.stack(frames).permute(0, 3, 1, 2).contiguous().float() / 255
 
 
 def pixelate(frames: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,8 @@ def negative(frames: torch.Tensor) -> torch.Tensor:
 
 
 def base_pairs() -> Pairs:
-    """Return what the base learns from: a black-and-white film, pixelated; at half size, so that a crop shows enough."""
+    """Return what the base learns from: a black-and-white film, pixelated."""
+    # At half size, so that a crop shows as much as one of the other clip does.
     true = black_and_white(read_film(BASE_FILM, size=(136, 320)))
     return Pairs(pixelate(true), true)
 

@@ -22,8 +22,19 @@ from ..engine.matching import get_pattern_key
 from ..engine.state import AdapterState, Slot, check_finite
 from ..mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from ..tuners.lora import LoraConfig, LoraLayer
-from ..tuners.lora.layer import Conv2d, Linear, ParamWrapper
-from ..tuners.lora.rank import by_rank, divides, factor_of, fill, fit_module, groups_of, rank_of, with_rank
+from ..tuners.lora.layer import Conv2d, Linear
+from ..tuners.lora.rank import (
+    by_rank,
+    config_key,
+    divides,
+    factor_of,
+    fill,
+    fit_module,
+    groups_of,
+    rank_in,
+    rank_of,
+    with_rank,
+)
 from .devices import infer_device
 from .hub import download_parameters
 from .naming import did_you_mean
@@ -317,9 +328,8 @@ class _Swap:
                 f"The scaling of {layer._label} must be a number or a tensor, found "
                 f"{type(layer.scaling[self.adapter_name]).__name__}."
             )
-        config, key = self.config, _config_key(layer)
-        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r)
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, key), config.lora_alpha)
+        config, rank = self.config, rank_in(self.config, layer)
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, config_key(layer)), config.lora_alpha)
         return rank, alpha, alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
     def _set_scaling(self, layer: LoraLayer, rank: int, alpha: float, scaling: float) -> None:
@@ -334,13 +344,6 @@ class _Swap:
         config = copy.copy(self.config)
         config.inference_mode = self.model.peft_config[self.adapter_name].inference_mode
         self.model.peft_config[self.adapter_name] = config
-
-
-def _config_key(layer: LoraLayer) -> str:
-    """The name by which a configuration's patterns know a layer."""
-    label = layer._label.removesuffix(".base_layer.out_proj")  # inside an attention layer, which is what is targeted
-    name = ".".join(part for part in label.split(".") if part != "base_layer")
-    return f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
 
 
 def _resolves(model: nn.Module, name: str) -> bool:

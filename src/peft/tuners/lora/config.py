@@ -257,11 +257,19 @@ class LoraConfig(PeftConfig):
         megatron_config: configuration of Megatron's parallel layers.
         megatron_core: the module to take them from.
         trainable_token_indices: rows of the input embedding to train, or module name -> rows.
-        loftq_config, eva_config, corda_config, lora_ga_config: settings of the initialiser of that name.
+        loftq_config: settings of the initialiser "loftq".
+        eva_config: settings of the initialiser "eva".
+        corda_config: settings of the initialiser "corda".
+        lora_ga_config: settings of the initialiser "lora_ga".
         use_dora: weight-decomposed adaptation (arXiv 2402.09353).
-        velora_config, monteclora_config, use_bdlora, arrow_config, kasa_config: settings of the variant of that name.
+        velora_config: settings of the variant VeLoRA.
         alora_invocation_tokens: tokens after which the adapter acts (arXiv 2504.12397).
-        use_qalora, qalora_group_size: group-wise A for quantised layers (arXiv 2309.14717).
+        use_qalora: group-wise A for quantised layers (arXiv 2309.14717).
+        qalora_group_size: inputs per group.
+        monteclora_config: settings of the variant MonteCLoRA.
+        use_bdlora: settings of the variant BD-LoRA.
+        arrow_config: settings of the variant Arrow.
+        kasa_config: settings of the variant KaSA.
         layer_replication: ranges [start, end) of decoder layers to stack, weights shared.
         runtime_config: settings of the running process; not saved.
         lora_bias: give B a bias.

@@ -339,7 +339,10 @@ class Linear(LoraLayer, nn.Module):
             return result + self.term(x, adapter)
         dropout = modules["lora_dropout"]._modules[adapter]
         hidden = F.linear(x if type(dropout) is nn.Identity else dropout(x), A._parameters["weight"])
-        return add_product(result, hidden, B._parameters["weight"], self.scaling[adapter])
+        scaling = self.scaling[adapter]
+        if torch.is_tensor(scaling):  # prepared for hotswapping: its value must stay a value, not become a constant
+            hidden, scaling = hidden * scaling, 1.0
+        return add_product(result, hidden, B._parameters["weight"], scaling)
 
     def _add_plain_terms(self, x: torch.Tensor, result: torch.Tensor, rows: dict[str, torch.Tensor]) -> torch.Tensor:
         if len(rows) < 2 or x.dim() not in (2, 3) or any(self.lora_bias[name] for name in rows):

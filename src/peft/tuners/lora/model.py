@@ -18,6 +18,7 @@ from ...engine.tying import input_embedding_name, save_tied_copies
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from .config import MUTATES_BASE, LoraConfig
 from .layer import LAYER_CLASSES, Embedding, LoraLayer, ParamWrapper, dispatch_default
+from .rank import without_padding
 
 STATE_SPACE_MODELS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 """Model types whose kernels read the weights of `out_proj` and `conv1d` without calling these modules."""
@@ -127,6 +128,13 @@ class LoraModel(BaseTuner):
         if conversion is not None:
             conversions = conversion.get_model_conversion_mapping(model)
             conversion.convert_peft_config_for_transformers(peft_config, model, conversions)
+
+    @staticmethod
+    def adapter_state_to_save(
+        model: nn.Module, config: LoraConfig, adapter_name: str, state: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The adapter's tensors, without what they were padded by for hotswapping."""
+        return without_padding(model, config, adapter_name, state)
 
     @staticmethod
     def adapter_state_to_load(

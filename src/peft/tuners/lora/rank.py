@@ -7,11 +7,18 @@ any rank up to theirs, in tensors that keep their shapes (see `peft.utils.hotswa
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from ...engine.lifecycle import holders_of
+from ...engine.matching import get_pattern_key
+from ...engine.state import AdapterState
 from .layer import LoraLayer, ParamWrapper
+
+if TYPE_CHECKING:
+    from .config import LoraConfig
 
 _FACTOR = re.compile(r"lora_(?:embedding_)?([AB])\.(?!.*\bbias$)")
 
@@ -93,6 +100,48 @@ def fill(layer: LoraLayer, factor: str, tensor: torch.Tensor, value: torch.Tenso
     if value.shape != tensor.shape:
         tensor.zero_()
     by_rank(layer, factor, tensor)[:, : source.shape[1]].copy_(source)
+
+
+def config_key(layer: LoraLayer) -> str:
+    """The name by which a configuration's patterns know a layer."""
+    label = layer._label.removesuffix(".base_layer.out_proj")  # inside an attention layer, which is what is targeted
+    name = ".".join(part for part in label.split(".") if part != "base_layer")
+    return f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
+
+
+def rank_in(config: LoraConfig, layer: LoraLayer) -> int:
+    """The rank that a configuration gives a layer."""
+    return config.rank_pattern.get(get_pattern_key(config.rank_pattern, config_key(layer)), config.r)
+
+
+def without_padding(
+    model: nn.Module, config: LoraConfig, adapter_name: str, state: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """An adapter's tensors with factors that are padded cut to the ranks of its configuration.
+
+    Args:
+        model: a model with the adapter.
+        config: the adapter's configuration.
+        adapter_name: the adapter.
+        state: tensors by their names on disk.
+    """
+    if not any(_is_padded(holder, adapter_name) for _, holder in holders_of(model)):
+        return state
+    cut = dict(state)
+    for name, slot in AdapterState(model, adapter_name).slots.items():
+        layer, factor = slot.holder, factor_of(slot.entry.live)
+        if name in cut and factor is not None and isinstance(layer, LoraLayer) and _is_padded(layer, adapter_name):
+            cut[name] = with_rank(
+                layer, factor, cut[name], min(rank_in(config, layer), rank_of(layer, factor, cut[name]))
+            )
+    return cut
+
+
+def _is_padded(layer: nn.Module, adapter_name: str) -> bool:
+    if not isinstance(layer, LoraLayer):
+        return False
+    factors = [(factor_of(entry.live), entry.tensor) for entry in layer.state_entries(adapter_name)]
+    return any(factor and rank_of(layer, factor, tensor) > layer.r[adapter_name] for factor, tensor in factors)
 
 
 def fit_module(module: nn.Module) -> None:
