@@ -82,7 +82,7 @@ LIMITS = (
     Limit("LORA", "multihead_attention", "mixed batch", TypeError, "layer does not support mixed batches"),
     Limit("LN_TUNING", "multihead_attention", "mixed batch", TypeError, "layer: a mixed batch needs"),
     Limit("VERA", "multihead_attention|layer_norm", "adapt", ValueError, "layer.*supported are"),
-    Limit("TRAINABLE_TOKENS", "conv.d(-.*)?|multihead_attention|layer_norm", "adapt", ValueError, "tokens need"),
+    Limit("TRAINABLE_TOKENS", "conv.d(-.*)?|multihead_attention|layer_norm", "adapt", ValueError, "layer: .*need"),
 )
 """The first that fits counts. Actions: adapt, merge, mixed batch, both at once."""
 

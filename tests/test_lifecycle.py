@@ -272,3 +272,38 @@ def test_compiled(fullgraph):
     expected = model(X)
     compiled = torch.compile(model, fullgraph=fullgraph, backend="eager")
     assert torch.equal(compiled(X), expected)
+
+
+class Tied(nn.Module):
+    """An embedding and a head of one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 5)
+        self.lin0 = nn.Linear(5, 5)
+        self.head = nn.Linear(5, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.lin0(self.embed(x))))
+
+
+@pytest.mark.parametrize("targets", [["embed"], ["head"], ["embed", "head"], ["embed", "lin0"]])
+def test_merging_into_a_tied_weight_leaves_the_other_side_alone(targets):
+    torch.manual_seed(0)
+    x = torch.tensor([[0, 3, 6]])
+    model = peft.get_peft_model(Tied(), LoraConfig(r=2, target_modules=targets))
+    move(model, "default")
+    output = model(x)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weight = model.get_parameter(
+        "base_model.model.embed." + ("base_layer.weight" if "embed" in targets else "weight")
+    )
+    model.merge_adapter()
+    assert torch.allclose(model(x), output, atol=1e-5)
+    model.unmerge_adapter()
+    life.assert_weights_equal(before, model.state_dict())
+    base = model.get_base_model()
+    sides = [getattr(module, "base_layer", module).weight for module in (base.embed, base.head)]
+    assert sides[0] is sides[1] is weight
+    assert torch.allclose(model.merge_and_unload()(x), output, atol=1e-5)

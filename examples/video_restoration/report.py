@@ -11,7 +11,7 @@ matplotlib.use("Agg")  # before pyplot: there may be no screen
 
 import matplotlib.pyplot as plt
 import torch
-from data import Pairs
+from data import HELD_OUT, Pairs
 
 COLOURS = {"lora_alone": "#8a8f98", "copy_frozen": "#d1495b", "copy_trained": "#1b998b"}
 SHORT = {"lora_alone": "LoRA alone", "copy_frozen": "copy frozen\n(the defect)", "copy_trained": "copy training"}
@@ -40,8 +40,8 @@ PAGE = """<!doctype html>
 <h1>Restoring a film: does the output layer train?</h1>
 <p class="lead">{lead}</p>
 <h2>What a person sees</h2>
-<figure><img src="{frames}" alt="damaged, restored and true frames side by side"><figcaption>{frames_caption}</figcaption>
-</figure>
+<figure><img src="{frames}" alt="damaged, restored and true frames side by side"><figcaption>{frames_caption}
+</figcaption></figure>
 <h2>What the numbers say</h2>
 {table}
 <p class="note">{table_caption}</p>
@@ -136,12 +136,11 @@ def draw_trained(path: Path, figures: Figures) -> None:
     """Draw how many parameters each run trains, and how far its output layer moved."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=[1.5, 1])
     names = [SHORT[run["key"]] for run in figures["runs"]]
-    parts = [_trainable_parts(run) for run in figures["runs"]]
-    left.barh(names, [lora for lora, _ in parts], color="#8fa7c4", label="LoRA in the attention layers")
-    left.barh(
-        names, [c for _, c in parts], left=[lora for lora, _ in parts], color="#1b998b", label="copy of proj_out"
-    )
-    left.set(xlabel="trainable parameters", xlim=(0, 1.25 * max(sum(part) for part in parts)))
+    lora, copied = zip(*(_trainable_parts(run) for run in figures["runs"]))
+    left.barh(names, lora, color="#8fa7c4", label="LoRA in the attention layers")
+    left.barh(names, copied, left=lora, color="#1b998b", label="copy of proj_out")
+    left.xaxis.set_major_formatter("{x:,.0f}")
+    left.set(xlabel="trainable parameters", xlim=(0, 1.25 * max(map(sum, zip(lora, copied)))))
     left.legend(frameon=False, loc="upper right")
     moved = [100 * run["output_layer_moved"] for run in figures["runs"]]
     bars = right.barh(names, moved, color=list(COLOURS.values()))
@@ -165,26 +164,27 @@ def _texts(figures: Figures) -> dict[str, str]:
         'copy of it: <code>modules_to_save=["proj_out"]</code>. If the copy trains, the film comes back in colour; '
         f"if it is silently left frozen, it stays grey.{quick}",
         "frames_caption": "Frames that no run was trained on. The upper rows came in as 4 x 4 blocks, the lower ones "
-        "through a codec that smeared them (that clip ships with the films); all as colour negatives. LoRA alone turns "
-        "the negative into a coarse grey positive. With the copy frozen the picture is the same, although the "
-        "configuration asked for more. With the copy training, the man has skin, a red bow tie and blue blinds. What "
-        "the codec smeared beyond recognition, such as the mouth in the lower rows, no model brings back.",
-        "table_caption": f"The training copy wins {gain['blocks']:.1f} dB on blocks and {gain['twin']:.1f} dB on smear "
-        "over the frozen one. PSNR measures closeness to the true frames: more is better, and 3 dB halve the squared "
-        "error. Colour is how colourful the restored frames are, relative to the true ones. Seconds are those of "
-        "training.",
-        "losses_caption": "The same frames in the same order for all three. The curves of LoRA alone and of the frozen "
-        "copy lie on each other: a copy that does not train is no help at all.",
-        "trained_caption": "Left: what the optimiser was given. Right: how far the output layer that is in use ended up "
-        "from the base's, as a share of its size. A frozen copy hides in the left picture only if nobody counts.",
-        "method": f"<p>The base is a <code>CogVideoXTransformer3DModel</code> with {base['parameters']:,} parameters. "
-        f"In {plan['base']['steps']} steps it learnt to undo 4 x 4 pixelation of a film in black and white "
-        f"({base['psnr_before']:.1f} dB before, {base['psnr_after']:.1f} dB after). Then each run took "
-        f"{plan['adapter']['steps']} steps on the first frames of another film, with the base frozen; the last 20 frames "
-        "were held out. LoRA has rank 8 and sits in the attention layers. The defect is reproduced by freezing the "
-        "copy by hand.</p><p>The last run's adapter was saved with <code>save_lora_adapter</code> and loaded with "
-        f"<code>load_lora_adapter</code> in a fresh process; the frames restored there are {same} to those before "
-        f"saving. All of it took {figures['seconds']:.0f} s with {figures['threads']} threads.</p>",
+        "through a codec that smeared them (that clip ships with the films); all as colour negatives. LoRA alone "
+        "makes a coarse grey positive of the negative. With the copy frozen the picture is the same, although the "
+        "configuration asked for more. With the copy training, the man has skin, a red bow tie and blue blinds. "
+        "What the codec smeared beyond recognition, the mouth in the lower rows, no run brings back.",
+        "table_caption": f"The training copy wins {gain['blocks']:.1f} dB on blocks and {gain['twin']:.1f} dB on "
+        "smear over the frozen one. PSNR measures closeness to the true frames: more is better, and 3 dB halve the "
+        "squared error. Colour is how colourful the restored frames are, relative to the true ones. Seconds are "
+        "those of training.",
+        "losses_caption": "The same frames in the same order for all three. The curves of LoRA alone and of the "
+        "frozen copy lie on each other: a copy that does not train is no help at all.",
+        "trained_caption": "Left: what the optimiser was given. Right: how far the output layer in use ended up "
+        "from the base's, as a share of its size. With the defect, only such a count shows what is wrong.",
+        "method": f"<p>The base is a <code>CogVideoXTransformer3DModel</code> with {base['parameters']:,} "
+        f"parameters. In {plan['base']['steps']} steps it learnt to undo 4 x 4 pixelation of a film in black and "
+        f"white ({base['psnr_before']:.1f} dB before, {base['psnr_after']:.1f} dB after). Then each run took "
+        f"{plan['adapter']['steps']} steps on the first frames of another film, with the base frozen; the last "
+        f"{HELD_OUT} frames were held out. LoRA has rank 8 and sits in the attention layers. The defect is "
+        "reproduced by freezing the copy by hand.</p><p>The last run's adapter was saved with "
+        "<code>save_lora_adapter</code> and loaded with <code>load_lora_adapter</code> in a fresh process; the "
+        f"frames restored there are {same} to those before saving. All of it took {figures['seconds']:.0f} s with "
+        f"{figures['threads']} threads.</p>",
     }
 
 

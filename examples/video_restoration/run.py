@@ -14,10 +14,15 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+# Before torch starts its threads: on a machine that others use too, threads that spin while they wait slow all down.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from data import Pairs, base_pairs, carphone_pairs, psnr, sample_batch, split
 from diffusers import CogVideoXTransformer3DModel
+from diffusers.utils import logging
 from model import ADAPTER, CROP, FRAMES, adapter_config, build_base, restore, start_as_copy
 from report import print_table, write_report
 from safetensors.torch import load_file
@@ -69,7 +74,7 @@ class Result:
     losses: list[float]
 
 
-def train_base(plan: Plan, seed: int) -> tuple[CogVideoXTransformer3DModel, dict[str, float]]:
+def train_base(plan: Plan, seed: int) -> tuple[CogVideoXTransformer3DModel, dict[str, Any]]:
     """Train the base on black-and-white film; return it and how well it undoes pixelation there."""
     film = base_pairs()
     model = build_base(seed)
@@ -148,6 +153,8 @@ def main() -> None:
     start = time.perf_counter()
     # `make` gives every process one thread, which is right for tests that run side by side; this runs alone.
     torch.set_num_threads(THREADS)
+    # Saving an adapter makes diffusers warn of a change of dtype that nobody asked for.
+    logging.set_verbosity_error()
     plan = QUICK if arguments.quick else FULL
     arguments.out.mkdir(parents=True, exist_ok=True)
 

@@ -144,4 +144,4 @@ def _put_back(base: nn.Module, tensors: list[tuple[nn.Module, str, torch.Tensor]
     for _, holder in holders_of(base):
         for adapter in holder._get_available_adapters():
             to_base_device(holder, adapter)
-        holder._plan = None
+        holder._plan = holder._make_plan()

@@ -166,6 +166,8 @@ class ModuleCopies(BaseTunerLayer):
         """The plain module to put in this one's place: the copy when merging, the original otherwise."""
         names = self.active_adapters if adapter_names is None else adapter_names
         chosen = next((name for name in names if name in self.copies), None)
+        if not merge and self.merged_adapters:
+            self.unmerge()
         if self.merged_adapters or not merge or chosen is None:
             return self.original()
         if safe_merge:

@@ -15,7 +15,7 @@ from torch import nn
 from ..utils.constants import DUMMY_MODEL_CONFIG, DUMMY_TARGET_MODULES
 from ..utils.error import NoMatchingPeftModuleError
 from .additional import set_additional_trainable_modules
-from .layer import deferred_parameters
+from .layer import deferred_parameters, note_shared_weights
 from .lifecycle import AdapterHolder, Roster, holders_of, modules_of, set_trains
 from .matching import (
     EXCLUDED,
@@ -336,6 +336,7 @@ class Injection:
         undo.push(_forget, roster, dict(roster.holders), set(roster.exclusive))
         known = set(map(id, before.values()))
         peer = next(iter(before.values()), None)
+        note_shared_weights(self.model, self.placed.values())
         for name, holder in self.placed.items():
             holder.join_roster(roster, name)
             if id(holder) not in known:

@@ -49,6 +49,10 @@ class Kind:
         """The layer's own forward with some of its tensors replaced; right for every subclass with a forward of its own."""
         return call_with(layer, tensors, args, kwargs)
 
+    def __reduce__(self) -> tuple:
+        # A copied layer keeps the table's own row, which others compare by identity.
+        return _kind_called, (self.name,)
+
 
 class LinearKind(Kind):
     name = "linear"
@@ -172,6 +176,10 @@ EMBEDDING, LINEAR, CONV1D_TRANSFORMERS = KINDS[0], KINDS[5], KINDS[6]
 def kind_of(layer: nn.Module) -> Kind | None:
     """The kind of a base layer, None if no kind fits."""
     return next((kind for kind in KINDS if kind.matches(layer)), None)
+
+
+def _kind_called(name: str) -> Kind:
+    return next(kinds(name))
 
 
 def kinds(*names: str) -> Iterator[Kind]:

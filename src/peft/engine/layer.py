@@ -10,7 +10,8 @@ Weights are canonical in these (see `kinds`). The engine does the rest.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -21,7 +22,7 @@ from torch import nn
 from ..utils.warning import PeftWarning
 from .backends import QuantizationBackend
 from .kinds import Kind, embed_scale, kind_of, kinds
-from .lifecycle import AdapterHolder, MixedBatch
+from .lifecycle import AdapterHolder, MixedBatch, modules_of
 from .offload import execution_device, fetched
 
 BASE_ROW = "__base__"
@@ -396,11 +397,27 @@ class AdapterLayer(BaseTunerLayer):
                     f"values in {key!r}; nothing was merged."
                 )
 
+    shares_merged_weight = False
+    """Whether modules that share the base weight are to see it merged; otherwise merging gives this layer its own."""
+    _shared: frozenset[str] = frozenset()
+    """Names of base tensors that other modules share, such as tied embeddings."""
+
     def _snapshot(self, changed: dict[str, torch.Tensor]) -> Any:
         layer = self.get_base_layer()
         if self.quantization_backend is not None:
             return self.quantization_backend.snapshot(layer)
-        return {key: _tensor_at(layer, key).detach().clone() for key in self.base_tensors()}
+        kept = {key: _tensor_at(layer, key) for key in self.base_tensors()}
+        for key in self._shared & kept.keys():
+            setattr(layer, key, nn.Parameter(kept[key].detach().clone(), kept[key].requires_grad))
+        return {key: old if key in self._shared else old.detach().clone() for key, old in kept.items()}
+
+    def _restore(self) -> None:
+        layer = self.get_base_layer()
+        for key, old in self._stash.items():
+            if key in self._shared:
+                setattr(layer, key, old)
+            else:
+                _tensor_at(layer, key).data.copy_(old)
 
     def _write(self, tensors: dict[str, torch.Tensor]) -> None:
         layer = self.get_base_layer()
@@ -418,7 +435,7 @@ class AdapterLayer(BaseTunerLayer):
         if self.quantization_backend is not None:
             self.quantization_backend.restore(self, self._stash)
         else:
-            self._write(self._stash)
+            self._restore()
         self._stash = None
         self.merged_adapters = []
         self._plan = self._make_plan()
@@ -429,6 +446,20 @@ class AdapterLayer(BaseTunerLayer):
             return self.get_base_weight()
         name = "weight" if self.kind is None else self.kind.weight_name
         return self._stash[name].to(self.weight.device) if name in self._stash else self.get_base_weight()
+
+
+def note_shared_weights(model: nn.Module, layers: Iterable[Any]) -> None:
+    """Tell layers which of their base tensors other modules of the model use too, so that merging leaves those alone.
+
+    Args:
+        model: the model.
+        layers: tuner layers in it.
+    """
+    users = Counter(id(parameter) for _, module in modules_of(model) for parameter in module._parameters.values())
+    for layer in layers:
+        if isinstance(layer, AdapterLayer) and not layer.shares_merged_weight:
+            own = layer.get_base_layer()._parameters
+            layer._shared = frozenset(key for key, value in own.items() if value is not None and users[id(value)] > 1)
 
 
 def _tensor_at(layer: nn.Module, name: str) -> torch.Tensor:

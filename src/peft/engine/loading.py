@@ -26,7 +26,7 @@ def finish_loading(tuner: Any, model: nn.Module, adapter_name: str) -> None:
         if any(entry.tensor.is_meta for entry in entries):
             _start_over(tuner, holder, name, adapter_name, entries)
         to_base_device(holder, adapter_name)
-        holder._plan = None
+        holder._plan = holder._make_plan()
 
 
 def _start_over(tuner: Any, holder: BaseTunerLayer, name: str, adapter_name: str, entries: list[Entry]) -> None:

@@ -171,7 +171,7 @@ class AdapterState:
             for target, value in base.values():
                 target.data.copy_(value)
         for _, holder in holders_of(self.model):
-            holder._plan = None
+            holder._plan = holder._make_plan()
         missing = [slot.live for key, slot in self.slots.items() if key not in plan]
         return LoadResult(missing, unexpected)
 

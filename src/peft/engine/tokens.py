@@ -51,6 +51,7 @@ class TrainableTokensLayer(AdapterLayer, nn.Module):
     """
 
     adapter_layer_names = ("trainable_tokens_delta",)
+    shares_merged_weight = True  # a tied head has the same rows
     other_param_names = ("token_indices", "trainable_tokens_original")
 
     _selection: Selection | None = None
@@ -69,8 +70,8 @@ class TrainableTokensLayer(AdapterLayer, nn.Module):
         self._wrap(base_layer, quantization_backend=kwargs.pop("quantization_backend", None))
         if self.kind not in (EMBEDDING, LINEAR, CONV1D_TRANSFORMERS) and not self._is_bag():
             raise UnsupportedTableError(
-                "Trainable tokens need an Embedding, an EmbeddingBag or a Linear layer, not a "
-                f"{type(self.get_base_layer()).__name__} (adapter {adapter_name!r})."
+                f"{kwargs.get('target_name') or 'The target'}: trainable tokens need an Embedding, an EmbeddingBag or a "
+                f"Linear layer, not a {type(self.get_base_layer()).__name__} (adapter {adapter_name!r})."
             )
         # In a list, so that the tied layer is no submodule of this one.
         self._tied_adapter = [] if tied_adapter is None else [tied_adapter]
@@ -187,7 +188,8 @@ class TrainableTokensLayer(AdapterLayer, nn.Module):
         names = tuple(dict.fromkeys(adapters))
         known = self._selection
         if known is None or known.adapters != names or known.tokens.device != device:
-            self._selection = known = self._make_selection(names, device)
+            with torch.inference_mode(False):  # it is kept, and may be used for training later
+                self._selection = known = self._make_selection(names, device)
         return known
 
     def _make_selection(self, names: tuple[str, ...], device: torch.device) -> Selection:
@@ -311,4 +313,6 @@ class TrainableTokensLayer(AdapterLayer, nn.Module):
         """The base layer, with the rows merged into it if asked."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        elif self.merged_adapters:
+            self.unmerge()
         return self.get_base_layer()

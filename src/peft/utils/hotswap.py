@@ -263,7 +263,7 @@ class _Swap:
             self._set_scaling(layer, *scaling)
         if any(change.grows() for change in changes):
             for _, holder in holders_of(self.model):
-                holder._plan = None
+                holder._plan = holder._make_plan()
         self._set_config()
 
     # -------------------------------------------------------------------------------------------------------- checking
@@ -442,7 +442,7 @@ def _pad(layer: LoraLayer, rank: int) -> None:
         padded = nn.Parameter(with_rank(layer, factor, current.data, rank), current.requires_grad)
         entry.owner._parameters[entry.attribute] = padded
         fit_module(entry.owner)
-    layer._plan = None
+    layer._plan = layer._make_plan()
 
 
 __all__ = [

@@ -47,7 +47,9 @@ def method(peft_type: str) -> Method:
 def _unknown(name: Any) -> str:
     from .peft_types import PeftType  # lazy: peft_types imports this module
 
-    near = near_misses(str(name).upper(), [member.value for member in PeftType])
+    if name in PeftType.__members__:
+        return f"The PEFT method {name} is not part of this version of the library."
+    near = near_misses(str(name).upper(), PeftType.__members__)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     return f"There is no PEFT method {name!r}.{hint}"
 

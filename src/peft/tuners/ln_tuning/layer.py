@@ -62,7 +62,7 @@ class LNTuningLayer(ModuleCopies, nn.Module):
 
     def splits_rows(self, original: nn.Module) -> bool:
         # Normalisation layers come in too many classes to list, and all of them treat rows separately in inference.
-        return True
+        return not isinstance(original, nn.MultiheadAttention)  # its keys and values are rows too
 
     def merge(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Put the values of a copy into the module; `unmerge` brings the module's own back bit for bit.

@@ -216,6 +216,11 @@ class _DoraConvNdLayer(DoraLinearLayer):
         # With groups the product has not the weight's shape; files were trained with it read row by row.
         return self.get_weight_norm(weight, (B.reshape(-1, len(A)) @ A).view_as(weight), scaling)
 
+    def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """As `DoraLinearLayer.forward`, also for a single image without batch."""
+        added = super().forward(x, **kwargs)
+        return added.squeeze(0) if x.dim() < self.weight.dim() else added
+
     def base_output(self, x: torch.Tensor, base_layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
         return base_layer._conv_forward(x, weight, None)
 

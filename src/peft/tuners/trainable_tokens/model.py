@@ -93,7 +93,7 @@ class TrainableTokensModel(BaseTuner):
     def layer_options(
         self, config: TrainableTokensConfig, adapter_name: str, key: str, target: nn.Module
     ) -> dict[str, Any]:
-        return {"tied_adapter": self._layer_to_share(config, key)}
+        return {"tied_adapter": self._layer_to_share(config, key), "target_name": key}
 
     def _layer_to_share(self, config: TrainableTokensConfig, key: str) -> TrainableTokensLayer | None:
         return self.model.get_input_embeddings() if key in config.target_modules_to_tie else None
