@@ -146,6 +146,7 @@ def test_scaling_with_rslora_and_patterns_is_what_the_branches_had():
     model = get_peft_model(mixtral(), config)
     scalings = {m.parameter_name: m.scaling["default"] for m in model.modules() if hasattr(m, "parameter_name")}
     assert scalings == pytest.approx({"gate_up_proj": 6 / 3, "down_proj": 6 / 2**0.5})
+    assert config.rank_pattern == {r".*\.gate_up_proj": 18, r".*\.down_proj": 2}
 
 
 def test_what_is_limited_to_some_layers_stays_so():
@@ -350,12 +351,12 @@ def test_transformers_loads_what_peft_saved(options, name, tmp_path):
     plain = llama()
     info = plain.load_adapter(str(tmp_path), adapter_name=name)
     assert not info.missing_keys and not info.unexpected_keys
-    torch.testing.assert_close(plain(IDS).logits, model(IDS).logits, atol=0, rtol=0)
+    torch.testing.assert_close(plain(IDS).logits, model(IDS).logits, atol=1e-6, rtol=1e-5)
     assert not any(parameter.requires_grad for n, parameter in plain.named_parameters() if "lora" in n)
     plain.save_pretrained(tmp_path / "again")
     again = llama()
     again.load_adapter(str(tmp_path / "again"))
-    torch.testing.assert_close(again(IDS).logits, model(IDS).logits, atol=0, rtol=0)
+    torch.testing.assert_close(again(IDS).logits, model(IDS).logits, atol=1e-6, rtol=1e-5)
 
 
 def test_other_methods_keep_their_names():

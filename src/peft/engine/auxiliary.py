@@ -150,13 +150,19 @@ class AuxiliaryTrainingWrapper(nn.Module, BaseTunerLayer):
             if entry.live in mapped:
                 yield entry.saved_as(mapped[entry.live])
 
-    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the module in use."""
+        return self.module_in_use()(*args, **kwargs)
+
+    def adapter_state_dict(self, adapter_name: str) -> dict[str, torch.Tensor]:
         """One adapter's entries of this module's state, by their names on disk.
 
         Args:
             adapter_name: the adapter.
-            state_dict: the wrapper's own state dict.
         """
+        return self._saved_entries(adapter_name, self.state_dict())
+
+    def _saved_entries(self, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {saved: state_dict[live] for saved, live in self.adapter_state_dict_load_map(adapter_name).items()}
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
@@ -198,6 +204,10 @@ class ModulesToSaveWrapper(ModuleCopies, AuxiliaryTrainingWrapper):
 
     def module_in_use(self) -> nn.Module:
         return ModuleCopies.module_in_use(self)
+
+    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """One adapter's entries of this wrapper's own `state_dict`, by their names on disk."""
+        return self._saved_entries(adapter_name, state_dict)
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         if adapter_name not in self.modules_to_save:
@@ -350,6 +360,10 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         return self.token_adapter.unloaded(merge, safe_merge, adapter_names)
+
+    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """One adapter's entries of this wrapper's own `state_dict`, by their names on disk."""
+        return self._saved_entries(adapter_name, state_dict)
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         inner = self.token_adapter

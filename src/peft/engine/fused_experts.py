@@ -226,6 +226,8 @@ def convert_peft_config_for_transformers(peft_config: Any, model: nn.Module, con
     adapted = [_rank_and_alpha(peft_config, site) for site in selection.sites]
     modules, parameters = selection.target_modules(), selection.target_parameters()
     peft_config.target_modules, peft_config.target_parameters = modules, parameters
+    for field in ("rank_pattern", "alpha_pattern"):
+        setattr(peft_config, field, _still_meant(getattr(peft_config, field), selection))
     _update_patterns(peft_config, selection.sites, adapted)
     if peft_config.lora_dropout and peft_config.inference_mode:
         # Trained with it, which a fused parameter does not support; it makes no difference to using the adapter.
@@ -255,6 +257,14 @@ def _rank_and_alpha(config: Any, site: Site) -> tuple[int, float]:
 def _from_pattern(patterns: dict[str, Any], spellings: list[str], default: Any) -> Any:
     keys = (get_pattern_key(patterns, name) for name in spellings)
     return next((patterns[key] for key in keys if key in patterns), default)
+
+
+def _still_meant(patterns: dict[str, Any], selection: _Selection) -> dict[str, Any]:
+    """The patterns without those that were for older names of the sites only."""
+    old = {name for site in selection.sites for experts in site.old_names.values() for name in experts[0]}
+    gone = {key for name in old if (key := get_pattern_key(patterns, name)) in patterns}
+    kept = {key for name in selection.plain if (key := get_pattern_key(patterns, name)) in patterns}
+    return {key: value for key, value in patterns.items() if key not in gone - kept}
 
 
 def _update_patterns(config: Any, sites: list[Site], adapted: list[tuple[int, float]]) -> None:

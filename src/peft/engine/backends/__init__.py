@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ _BACKENDS: list[type[QuantizationBackend]] = []
 _loaded = False
 
 
-class QuantizationBackend(ABC):
+class QuantizationBackend:
     """Reads and writes the weight of layers that do not keep it as a plain floating-point parameter."""
 
     backend_name: str = ""
@@ -28,7 +27,6 @@ class QuantizationBackend(ABC):
     layer_type: str = "linear"
 
     @classmethod
-    @abstractmethod
     def claims(cls, base_layer: nn.Module, options: dict[str, Any]) -> QuantizationBackend | None:
         """A backend for this layer, None if it is not of this sort.
 
@@ -36,18 +34,19 @@ class QuantizationBackend(ABC):
             base_layer: an innermost base layer.
             options: what the tuner knows about the model's quantisation.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def get_base_weight(self, base_layer: nn.Module) -> torch.Tensor:
         """The weight as a dense floating-point tensor in the layer's own layout."""
+        raise NotImplementedError
 
-    @abstractmethod
     def set_base_weight(self, peft_layer: nn.Module, weight_data: torch.Tensor) -> None:
         """Store a dense weight in the base layer of a tuner layer, in the form that it is kept in.
 
         Raises:
             TypeError: the form can only be read or only be applied.
         """
+        raise TypeError(f"A weight kept by {self.backend_name or type(self).__name__} cannot be written.")
 
     def snapshot(self, base_layer: nn.Module) -> Any:
         """Whatever `restore` needs to bring the stored weight back bit for bit; by default all tensors of the layer."""

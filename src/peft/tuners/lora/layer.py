@@ -458,8 +458,15 @@ class _ConvNd(LoraLayer, nn.Module):
                 f"{kwargs.get('target_name') or 'A convolution'} has {self.get_base_layer().groups} groups, while A "
                 "sees all channels: the adapter cannot be merged."
             )
-        self._kernel_dim = base_layer.weight.dim()
+        self._kernel_dim = self.weight.dim()
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def _check_kernel(self, dimensions: int) -> None:
+        if self._kernel_dim != dimensions + 2:
+            raise ValueError(
+                f"{type(self).__name__} adapts convolutions over {dimensions} dimensions, got a "
+                f"{type(self.get_base_layer()).__name__}; use Conv{self._kernel_dim - 2}d."
+            )
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant]]:
@@ -497,13 +504,25 @@ class _ConvNd(LoraLayer, nn.Module):
 class Conv1d(_ConvNd):
     """LoRA on `nn.Conv1d`."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._check_kernel(1)
+
 
 class Conv2d(_ConvNd):
     """LoRA on `nn.Conv2d`."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._check_kernel(2)
+
 
 class Conv3d(_ConvNd):
     """LoRA on `nn.Conv3d`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._check_kernel(3)
 
 
 from .attention import MultiheadAttention  # noqa: E402  (they derive from the classes above)
