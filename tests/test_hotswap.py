@@ -414,11 +414,12 @@ def test_a_compiled_model_is_not_compiled_again(adapters):
 def unet():
     torch.manual_seed(0)
     return UNet2DConditionModel(
-        block_out_channels=(4, 8),
+        block_out_channels=(4,),
         layers_per_block=1,
         sample_size=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        mid_block_type=None,
         cross_attention_dim=8,
         norm_num_groups=2,
         attention_head_dim=2,

@@ -83,8 +83,13 @@ class ModuleCopies(BaseTunerLayer):
         """Raise unless the names of a mixed batch fit it.
 
         Raises:
-            ValueError: their number is not that of the rows.
+            ValueError: their number is not that of the rows, or a copy is merged.
         """
+        if self.merged_adapters:
+            raise ValueError(
+                f"{self._label or type(self).__name__}: a mixed batch needs unmerged adapters, but "
+                f"{self.merged_adapters} are merged. Call unmerge_adapter() first."
+            )
         if adapter_names is not None and (len(adapter_names) == 0 or len(x) % len(adapter_names)):
             raise ValueError(
                 f"{self._label or type(self).__name__}: adapter_names must name one adapter per row, got "
@@ -155,6 +160,9 @@ class ModuleCopies(BaseTunerLayer):
             warnings.warn(f"{self._label or type(self).__name__}: nothing is merged, so nothing is unmerged.")
             return
         for owner, attribute, old in self._stash.values():
+            current = getattr(owner, attribute)  # which may have been moved in the meantime
+            if (old.device, old.dtype) != (current.device, current.dtype):
+                old.data = old.data.to(current.device, current.dtype)
             _put(owner, attribute, old)
         self._stash = None
         self.merged_adapters = []

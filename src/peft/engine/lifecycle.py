@@ -54,12 +54,7 @@ class Roster:
         Raises:
             ValueError: an unknown name, or two adapters that both replace one module.
         """
-        known = set(self.holders).union(extra)
-        for name in adapter_names:
-            if name not in known:
-                near = near_misses(name, known)
-                hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-                raise ValueError(f"There is no adapter {name!r}; known are {sorted(known)}.{hint}")
+        self.check_known(adapter_names, extra)
         if len(adapter_names) < 2 or not self.exclusive:
             return
         contested: dict[str, list[str]] = {}
@@ -74,6 +69,19 @@ class Roster:
                 f"The adapters {rivals} cannot be active together: each has its own copy of the module {label!r}{others}, "
                 "and only one copy can be used at a time. Activate one of them, or train one of them without that module."
             )
+
+    def check_known(self, adapter_names: Iterable[str], extra: Iterable[str] = ()) -> None:
+        """Raise unless there are adapters of all these names.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        known = set(self.holders).union(extra)
+        for name in adapter_names:
+            if name not in known:
+                near = near_misses(name, known)
+                hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+                raise ValueError(f"There is no adapter {name!r}; known are {sorted(known)}.{hint}")
 
     def fallback(self, active: list[str], deleted: str) -> list[str]:
         """The adapters that are active once `deleted` is gone: the other active ones, else the first by name."""
@@ -143,7 +151,10 @@ def as_names(adapter_names: str | Iterable[str]) -> list[str]:
 def parameters_of(entry: Any) -> Iterator[nn.Parameter]:
     """The parameters of one adapter's entry in a container: of a module, or the entry itself."""
     if isinstance(entry, nn.Module):
-        yield from entry.parameters()
+        if entry._modules:
+            yield from entry.parameters()
+        else:
+            yield from (parameter for parameter in entry._parameters.values() if parameter is not None)
     elif isinstance(entry, nn.Parameter):
         yield entry
 
@@ -281,11 +292,15 @@ class AdapterHolder:
         Args:
             adapter_names: the adapters to look at; all by default.
         """
+        decided: dict[tuple[str, str], bool] = {}
         for adapter, container, _, parameter in self.adapter_parameters(adapter_names):
-            set_trains(parameter, self.trains(adapter, container))
+            flag = decided.get((adapter, container))
+            if flag is None:
+                flag = decided[adapter, container] = self.trains(adapter, container)
+            set_trains(parameter, flag)
         for parameter in self.bias_parameters():
             set_trains(parameter, any(self.trains(adapter, "bias") for adapter in self._trains_bias_of))
-        self._plan = self._make_plan()
+        self.__dict__["_plan"] = self._make_plan()
 
     def bias_parameters(self) -> Iterator[nn.Parameter]:
         """The base module's bias, if the `bias` option of an adapter asked for it."""
@@ -335,10 +350,13 @@ class AdapterHolder:
             )
             self.unmerge()
         changed = frozenset(adapter_names)
-        self._inference = self._inference | changed if inference_mode else self._inference - changed
-        self._active_adapter = list(adapter_names)
-        self._flags_before_disabling = None
-        self._merged_before_disabling = None
+        # Past Module.__setattr__: this is done for every layer of a model at each switch.
+        self.__dict__.update(
+            _inference=self._inference | changed if inference_mode else self._inference - changed,
+            _active_adapter=list(adapter_names),
+            _flags_before_disabling=None,
+            _merged_before_disabling=None,
+        )
         self.refresh()
 
     def enable_adapters(self, enabled: bool) -> None:

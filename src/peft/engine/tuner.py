@@ -374,6 +374,11 @@ class BaseTuner(ForwardsAttributes, nn.Module):
                 "that they are not tied afterwards."
             )
 
+    def _check_names_to_merge(self, adapter_names: list[str] | None) -> None:
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names must be a list, got {adapter_names!r}; pass [{adapter_names!r}].")
+        self.roster.check_known(adapter_names or (), extra=self.peft_config)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters into the base weights; `unmerge_adapter` brings these back bit for bit.
 
@@ -382,8 +387,10 @@ class BaseTuner(ForwardsAttributes, nn.Module):
             safe_merge: check the results for NaN and infinity.
 
         Raises:
-            ValueError: with `safe_merge`, a result is not finite. Whatever is raised, the model is as it was.
+            ValueError: an unknown name, or with `safe_merge` a result is not finite. Whatever is raised, the model is
+                as it was.
         """
+        self._check_names_to_merge(adapter_names)
         self._check_merge_allowed()
         with Undo() as undo:
             # Backwards: of layers around each other the inner one is applied first, so it is merged first.
@@ -429,8 +436,7 @@ class BaseTuner(ForwardsAttributes, nn.Module):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names must be a list, got {adapter_names!r}; pass [{adapter_names!r}].")
+        self._check_names_to_merge(adapter_names)
         if merge:
             self._check_merge_allowed()
         if merge and safe_merge:

@@ -98,7 +98,14 @@ class DoraLinearLayer(nn.Module):
         return super().train(mode)
 
     def update_layer(
-        self, *, base_layer: nn.Module, lora_A: Any, lora_B: Any, scaling: float, place_on_cpu: bool = False
+        self,
+        *,
+        base_layer: nn.Module,
+        lora_A: Any,
+        lora_B: Any,
+        scaling: float,
+        place_on_cpu: bool = False,
+        weight: torch.Tensor | None = None,
     ) -> None:
         """Start the magnitude as the norm of the weight with the adapter in it.
 
@@ -107,8 +114,9 @@ class DoraLinearLayer(nn.Module):
             lora_A, lora_B: the factors as modules or tensors.
             scaling: s.
             place_on_cpu: where to put the magnitude, whatever computed it.
+            weight: the base weight, where it is not what the base layer has at the moment.
         """
-        weight = dense_weight(base_layer)
+        weight = dense_weight(base_layer) if weight is None else weight
         A = _factor(lora_A)
         if A.is_meta:
             self.weight = nn.Parameter(torch.empty(self.norm_shape(weight), dtype=weight.dtype, device="meta"))

@@ -36,6 +36,7 @@ class DoraLinearVariant(LoraVariant):
             lora_B=B,
             scaling=module.scaling[adapter_name],
             place_on_cpu=place_on_cpu,
+            weight=module.unmerged_weight() if module.merged_adapters else None,
         )
         module.lora_magnitude_vector[adapter_name] = magnitude
 
