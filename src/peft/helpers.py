@@ -71,10 +71,8 @@ def _adopt_signature(model: PeftModel, name: str, silent: tuple[set[str], ...]) 
 
     functools.update_wrapper(method, source, assigned=("__doc__", "__name__", "__annotations__"), updated=())
     del method.__wrapped__  # it would keep the base model's bound method, also in copies of this one
-    parameters = inspect.signature(source).parameters.values()
-    myself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    others = [parameter.replace(name="self_") if parameter.name == "self" else parameter for parameter in parameters]
-    method.__signature__ = inspect.Signature([myself, *others])
+    signature, first = inspect.signature(source), inspect.Parameter("_wrapper", inspect.Parameter.POSITIONAL_ONLY)
+    method.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])
     setattr(model, name, types.MethodType(method, model))
 
 

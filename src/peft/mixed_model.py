@@ -14,7 +14,7 @@ from .adapter_files import AdapterFiles, may_defer
 from .config import PeftConfig
 from .engine.additional import _set_trainable, set_additional_trainable_modules
 from .engine.layer import deferred_parameters
-from .engine.tuner import set_adapter as _set_adapter
+from .engine.operations import set_adapter as _set_adapter
 from .engine.undo import Undo
 from .peft_model import PeftModel, warn_about_prefix
 from .tuners.mixed.model import MixedModel, check_can_be_mixed

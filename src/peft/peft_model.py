@@ -23,6 +23,7 @@ from .engine.checkpoint import (
 from .engine.layer import BaseTunerLayer, deferred_parameters
 from .engine.lifecycle import AdapterHolder, as_names, holders_of
 from .engine.loading import finish_loading
+from .engine.operations import cast_adapter_dtype
 from .engine.status import (
     TunerLayerStatus,
     TunerModelStatus,
@@ -30,7 +31,7 @@ from .engine.status import (
     get_layer_status,
     get_model_status,
 )
-from .engine.tuner import BaseTuner, cast_adapter_dtype
+from .engine.tuner import BaseTuner
 from .engine.undo import Undo
 from .prompt_learning import PromptLearning
 from .utils.constants import DUMMY_MODEL_CONFIG, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME

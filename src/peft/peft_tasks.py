@@ -149,6 +149,7 @@ class PeftModelForFeatureExtraction(_TaskModel):
     """A `PeftModel` that gives hidden states."""
 
     task = TaskType.FEATURE_EXTRACTION
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

@@ -22,7 +22,7 @@ from ..utils.constants import (
 from ..utils.devices import infer_device
 from ..utils.hub import cached_file, file_exists, is_offline
 from .layer import BaseTunerLayer
-from .lifecycle import AdapterHolder, holders_of
+from .lifecycle import AdapterHolder, belongs_to_adapter, holders_of
 from .matching import match_target_against_key
 from .state import BASE_PREFIX, AdapterState, LoadResult
 
@@ -99,20 +99,9 @@ def set_peft_model_state_dict(
     base_names = [
         name
         for name in model.state_dict()
-        if not _is_adapter_key(model, name) and name.removeprefix(BASE_PREFIX) not in loaded_base
+        if not belongs_to_adapter(model, name) and name.removeprefix(BASE_PREFIX) not in loaded_base
     ]
     return _IncompatibleKeys([*result.missing, *base_names], result.unexpected)
-
-
-def _is_adapter_key(model: nn.Module, name: str) -> bool:
-    module: Any = model
-    for part in name.split(".")[:-1]:
-        if isinstance(module, AdapterHolder) and part not in ("base_layer", "original_module"):
-            return True
-        module = module._modules.get(part)
-        if module is None:
-            return False
-    return False
 
 
 def load_adapter_state(
@@ -177,7 +166,7 @@ def _embedding_entries(
             entries |= {
                 key: value
                 for key, value in source.items()
-                if key.startswith(f"{name}.") and key not in taken and not _is_adapter_key(model, key)
+                if key.startswith(f"{name}.") and key not in taken and not belongs_to_adapter(model, key)
             }
     return entries
 

@@ -27,6 +27,7 @@ from .matching import (
     maybe_condense,
     without_hits,
 )
+from .operations import refresh_biases
 from .tying import check_tied_weights
 from .undo import Undo
 
@@ -368,8 +369,6 @@ class Injection:
                     holder._inference |= {name}
                 holder.refresh([name])
         if bias == "all" and active:
-            from .tuner import refresh_biases  # at run time: tuner imports this module
-
             refresh_biases(self.model, tuner.peft_config, tuner.active_adapters, not self.config.inference_mode)
 
 

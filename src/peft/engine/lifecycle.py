@@ -491,3 +491,13 @@ def holders_of(model: nn.Module) -> Iterator[tuple[str, AdapterHolder]]:
 def roster_of(model: nn.Module) -> Roster:
     """The roster that a model's holders share; a fresh one if it has none yet."""
     return next((holder.roster for _, holder in holders_of(model)), None) or Roster()
+
+
+def belongs_to_adapter(model: nn.Module, name: str) -> bool:
+    """Whether the tensor of that dotted name is an adapter's, and not the base model's."""
+    module: Any = model
+    for part in name.split(".")[:-1]:
+        if isinstance(module, AdapterHolder) and part not in ("base_layer", "original_module", "token_adapter"):
+            return True
+        module = module._modules.get(part)
+    return isinstance(module, AdapterHolder)

@@ -18,7 +18,7 @@ from ..utils.naming import near_misses
 from ..utils.registry import method
 from .auxiliary import AuxiliaryTrainingWrapper
 from .layer import BaseTunerLayer
-from .lifecycle import Entry, holders_of
+from .lifecycle import Entry, belongs_to_adapter, holders_of
 
 BASE_PREFIX = "base_model.model."
 
@@ -126,7 +126,7 @@ class AdapterState:
         found: dict[str, torch.Tensor] = {}
         if bias == "all":
             for name, parameter in self.model.named_parameters():
-                if name.rsplit(".", 1)[-1] == "bias" and not _inside_adapter(self.model, name):
+                if name.rsplit(".", 1)[-1] == "bias" and not belongs_to_adapter(self.model, name):
                     found[name] = parameter.detach()
             return found
         for name, holder in holders_of(self.model):
@@ -233,15 +233,6 @@ def _tensor_called(model: nn.Module, key: str) -> torch.Tensor | None:
         if module is None:
             return None
     return module._parameters.get(attribute, module._buffers.get(attribute))
-
-
-def _inside_adapter(model: nn.Module, name: str) -> bool:
-    module: Any = model
-    for part in name.split(".")[:-1]:
-        if isinstance(module, BaseTunerLayer) and part != "base_layer":
-            return True
-        module = module._modules[part]
-    return isinstance(module, BaseTunerLayer)
 
 
 def _packed_4bit(expected: torch.Size, found: torch.Size) -> bool:

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..utils.error import NoMatchingPeftModuleError
 from ..utils.forwarding import ForwardsAttributes
 from ..utils.naming import check_adapter_name
 from ..utils.registry import METHODS
@@ -23,9 +22,10 @@ from .backends import resolve_quantization_backend
 from .injection import AdapterConfigs, Injection
 from .kinds import kind_of
 from .layer import AdapterLayer, BaseTunerLayer
-from .lifecycle import AdapterHolder, MixedBatch, Roster, as_names, holders_of, set_trains
+from .lifecycle import AdapterHolder, MixedBatch, Roster, as_names, holders_of
 from .matching import TargetMatcher, _ExcludedModule
 from .offload import onload_layer
+from .operations import cast_holders, check_mixed_batch, refresh_biases
 from .undo import Undo
 
 
@@ -473,21 +473,6 @@ class BaseTuner(ForwardsAttributes, nn.Module):
             cast_holders([holder for _, holder in self.holders], adapter_name)
 
 
-def check_mixed_batch(model: nn.Module, roster: Roster, adapter_names: list[str]) -> None:
-    """Raise unless a batch of these adapters can be run.
-
-    Raises:
-        ValueError: in training mode, or an unknown name.
-    """
-    if model.training:
-        raise ValueError("A mixed batch (adapter_names) is for inference; call model.eval() first.")
-    unknown = sorted(set(adapter_names) - set(roster.holders) - {"__base__"})
-    if unknown:
-        raise ValueError(
-            f"adapter_names has the unknown adapters {unknown}; known are {sorted(roster.holders)} and '__base__'."
-        )
-
-
 def unloaded(holder: AdapterHolder, merge: bool, adapter_names: list[str] | None) -> nn.Module:
     """The plain module inside a holder, the holders inside it unloaded too, with the adapters folded in if asked."""
     if hasattr(holder, "unload_and_optionally_merge_module"):
@@ -554,147 +539,3 @@ def _correct_fan_in_fan_out(config: Any, base: nn.Module) -> None:
                 f"{'(in, out)' if stored else '(out, in)'}."
             )
             config.fan_in_fan_out = stored
-
-
-# ------------------------------------------------------------------------------------ the same for a model without tuner
-
-
-def set_adapter(
-    model: nn.Module,
-    adapter_name: str | list[str],
-    inference_mode: bool = False,
-    layer_cls: type = BaseTunerLayer,
-) -> None:
-    """Make these adapters the active ones in every layer of a model, and exactly their weights trainable.
-
-    Args:
-        model: a model with injected adapters.
-        adapter_name: one name or several.
-        inference_mode: use them, but train nothing.
-        layer_cls: only layers of this class; wrappers take part in any case.
-
-    Raises:
-        ValueError: an unknown name, or adapters that exclude each other; nothing is changed.
-    """
-    names = as_names(adapter_name)
-    holders = _selected(model, layer_cls)
-    configs = getattr(model, "peft_config", None) or {}
-    if holders:
-        holders[0].roster.check(names, extra=configs)
-    for holder in holders:
-        holder.activate(names, inference_mode)
-    refresh_biases(model, configs, names, enabled=not inference_mode)
-
-
-def _selected(model: nn.Module, layer_cls: type) -> list[AdapterHolder]:
-    return [
-        holder
-        for _, holder in holders_of(model)
-        if isinstance(holder, layer_cls) or hasattr(holder, "unload_and_optionally_merge_module")
-    ]
-
-
-def delete_adapter(
-    model: nn.Module, adapter_name: str, prefix: str, layer_cls: type = BaseTunerLayer
-) -> list[str] | None:
-    """Remove an adapter's weights from every layer of a model.
-
-    Args:
-        model: a model with injected adapters; its `peft_config` is not touched.
-        adapter_name: the adapter.
-        prefix: the method's parameter prefix. Layers are found by their class; nothing is matched by it.
-        layer_cls: only layers of this class; wrappers take part in any case.
-
-    Returns:
-        The adapters that are active now, None if the model has no layers.
-    """
-    holders = _selected(model, layer_cls)
-    for holder in holders:
-        holder.delete_adapter(adapter_name)
-    return holders[0].active_adapters if holders else None
-
-
-def set_requires_grad(model: nn.Module, adapter_names: str | list[str], requires_grad: bool = True) -> None:
-    """Set by hand whether the weights of adapters require grad, in tuner layers and wrappers.
-
-    Args:
-        model: a model with adapters.
-        adapter_names: one name or several; those that a layer does not hold are ignored.
-        requires_grad: the flag.
-    """
-    for _, holder in holders_of(model):
-        holder.set_requires_grad(adapter_names, requires_grad)
-
-
-LOW_PRECISION = {torch.float16, torch.bfloat16} | {
-    getattr(torch, name)
-    for name in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
-    if hasattr(torch, name)
-}
-
-
-def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-    """Turn an adapter's low-precision weights to float32, so that training is stable on a half-precision base.
-
-    Copies of modules (`modules_to_save`) keep their dtype.
-
-    Args:
-        model: a model with adapters.
-        adapter_name: the adapter.
-        autocast_adapter_dtype: False for nothing.
-    """
-    if autocast_adapter_dtype:
-        cast_holders([holder for _, holder in holders_of(model)], adapter_name)
-
-
-def cast_holders(holders: list[AdapterHolder], adapter_name: str) -> None:
-    for holder in holders:
-        if getattr(holder, "keeps_dtype", False) or holder.exclusive:
-            continue
-        for attribute in holder.adapter_layer_names + holder.other_param_names:
-            container = holder._modules.get(attribute)
-            if container is not None and adapter_name in container:
-                _upcast(container, adapter_name)
-
-
-def _upcast(container: nn.Module, name: str) -> None:
-    entry = container[name]
-    if isinstance(entry, nn.Module):
-        for module in entry.modules():
-            for key, parameter in module._parameters.items():
-                if parameter is not None and parameter.dtype in LOW_PRECISION:
-                    module._parameters[key] = nn.Parameter(parameter.data.float(), parameter.requires_grad)
-    elif entry.dtype in LOW_PRECISION:
-        is_parameter = isinstance(entry, nn.Parameter)
-        container[name] = nn.Parameter(entry.data.float(), entry.requires_grad) if is_parameter else entry.float()
-
-
-def refresh_biases(model: nn.Module, configs: dict[str, Any], active: list[str], enabled: bool) -> None:
-    """Let the biases outside tuner layers follow the adapter that asked for `bias="all"`."""
-    owners = [name for name, config in configs.items() if getattr(config, "bias", "none") == "all"]
-    if not owners:
-        return
-    flag = enabled and any(name in active for name in owners)
-    for name, parameter in model.named_parameters():
-        if name.rsplit(".", 1)[-1] == "bias" and not is_adapter_owned(model, name):
-            set_trains(parameter, flag)
-
-
-def is_adapter_owned(model: nn.Module, name: str) -> bool:
-    """Whether the parameter of that name belongs to an adapter, or to a module that a wrapper keeps."""
-    module = model
-    for part in name.split(".")[:-1]:
-        if isinstance(module, AdapterHolder) and part != "base_layer":
-            return True
-        module = getattr(module, part)
-    return isinstance(module, AdapterHolder)
-
-
-__all__ = [
-    "BaseTuner",
-    "NoMatchingPeftModuleError",
-    "cast_adapter_dtype",
-    "delete_adapter",
-    "set_adapter",
-    "set_requires_grad",
-]

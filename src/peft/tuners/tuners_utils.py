@@ -15,14 +15,9 @@ from ..engine.matching import (
     match_target_against_key,
 )
 from ..engine.offload import onload_layer
+from ..engine.operations import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad
 from ..engine.replication import clone_module, replicate_layers
-from ..engine.tuner import (
-    BaseTuner,
-    cast_adapter_dtype,
-    delete_adapter,
-    set_adapter,
-    set_requires_grad,
-)
+from ..engine.tuner import BaseTuner
 from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from ..utils.buffer_dict import BufferDict
 from ..utils.constants import (

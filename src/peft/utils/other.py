@@ -4,7 +4,7 @@
 from ..engine.additional import _set_trainable, set_additional_trainable_modules
 from ..engine.auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from ..engine.matching import get_pattern_key, match_target_against_key
-from ..engine.tuner import set_adapter as _set_adapter
+from ..engine.operations import set_adapter as _set_adapter
 from ..engine.tying import input_embedding_name as _get_input_embeddings_name
 from ..import_utils import is_gptqmodel_available, is_torch_tpu_available
 from .constants import (

@@ -9,8 +9,8 @@ from torch import nn
 from ...engine.auxiliary import ModulesToSaveWrapper
 from ...engine.layer import BaseTunerLayer
 from ...engine.lifecycle import as_names
+from ...engine.operations import set_adapter as _set_adapter
 from ...engine.tuner import BaseTuner
-from ...engine.tuner import set_adapter as _set_adapter
 from ...engine.undo import Undo
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from ...utils.modules import _get_submodules
