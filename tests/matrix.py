@@ -62,6 +62,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 NOT_BY_LAYERS: dict[str, str] = {}
 """Method -> why it has no place here, though it adapts layers."""
 
+OTHER_START: dict[str, str] = {}
+"""Method -> why it does not start as the base model even with its usual start."""
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -108,11 +111,9 @@ class Variant:
         own = self.options | (self.other_options if adapter == SECOND else {})
         return self.method.config_cls(**{"target_modules": ["layer"], **own, **options})
 
-    @property
-    def start_option(self) -> str | None:
-        """The field that says how the adapter starts; True is the start that the method is known for."""
-        names = [entry.name for entry in dataclasses.fields(self.method.config_cls)]
-        return next((name for name in names if name.startswith("init_") and name.endswith("weights")), None)
+    def has(self, option: str) -> bool:
+        """Whether the method's configuration has this field."""
+        return option in {entry.name for entry in dataclasses.fields(self.method.config_cls)}
 
 
 def is_tuner(entry: Method) -> bool:
@@ -223,25 +224,30 @@ class ScaledEmbedding(nn.Embedding):
         return super().forward(x) * self.embed_scale
 
 
+CONV_OPTIONS: dict[str, dict[str, Any]] = {
+    "groups": {"groups": 2},
+    "dilation": {"dilation": 2, "padding": 2},
+    "stride": {"stride": 2},
+    "pointwise": {"kernel_size": 1, "padding": 0},
+    "no-bias": {"bias": False},
+    "same": {"padding": "same"},
+    "same-circular": {"padding": "same", "padding_mode": "circular"},
+    "groups-reflect": {"groups": 2, "padding_mode": "reflect"},
+    **{mode: {"padding_mode": mode} for mode in ("reflect", "circular", "replicate")},
+}
+
 FURTHER_BASES = (
     Base("linear-no-bias", functools.partial(nn.Linear, 6, 8, bias=False), (6,)),
     Base("embedding-padding", functools.partial(nn.Embedding, 12, 8, padding_idx=2), None),
     Base("embedding-scaled", functools.partial(ScaledEmbedding, 12, 8), None),
     *(
-        conv_base(dimensions, name, **options)
-        for dimensions in (1, 2, 3)
-        for name, options in {
-            "pointwise": {"kernel_size": 1, "padding": 0},
-            "groups": {"groups": 2},
-            "dilation": {"dilation": 2, "padding": 2},
-            "stride": {"stride": 2},
-            "no-bias": {"bias": False},
-            "same": {"padding": "same"},
-            "same-circular": {"padding": "same", "padding_mode": "circular"},
-            "groups-reflect": {"groups": 2, "padding_mode": "reflect"},
-            **{mode: {"padding_mode": mode} for mode in ("reflect", "circular", "replicate")},
+        conv_base(dimensions, name, **CONV_OPTIONS[name])
+        for dimensions, names in {
+            1: ["groups", "stride", "same-circular", "replicate"],
+            2: [name for name in CONV_OPTIONS if name != "groups"],  # which has its place among the others
+            3: ["groups-reflect", "dilation", "same", "pointwise"],
         }.items()
-        if (dimensions, name) != (2, "groups")  # which has its place among the others
+        for name in names
     ),
 )
 """Options of layers, which change how a weight is applied and nothing else."""
@@ -300,6 +306,18 @@ class Case:
         """The class that wraps the layer, by the tuner's declaration; None if there is none."""
         classes = self.variant.tuner.layer_classes
         return classes.get(self.base.kind, classes.get("any"))
+
+    @property
+    def usual_start(self) -> dict[str, bool]:
+        """The option that asks for the start that the method is known for, if there are others."""
+        names = [entry.name for entry in dataclasses.fields(self.variant.method.config_cls)]
+        return {name: True for name in names if name.startswith("init_") and name.endswith("weights")}
+
+    def skip_other_start(self) -> None:
+        """Skip the test where the method does not start as the base model."""
+        reason = OTHER_START.get(self.variant.method.peft_type.value)
+        if reason:
+            pytest.skip(reason)
 
     def limit(self, action: str) -> Limit | None:
         """What the method declares not to do, None if it does the action here."""

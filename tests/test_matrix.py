@@ -122,8 +122,8 @@ def test_in_inference_mode_nothing_trains(case):
 
 @over(ADAPTED)
 def test_a_new_adapter_changes_nothing(case):
-    start = case.variant.start_option
-    model = case.fresh(config={start: True} if start else {})
+    case.skip_other_start()
+    model = case.fresh(config=case.usual_start)
     found = output(model, case.x)
     layer = model.base_model.model.layer
     if isinstance(layer, AdditiveLayer):
@@ -177,11 +177,13 @@ def test_gradient_is_that_of_the_folded_weight(case):
     if not possible:
         return
     folded = {f"layer.{name}": value for name, value in folded.items()}
-    parameters = dict(adapter_parameters(model, FIRST))
-    expected = torch.func.functional_call(case.base.make(), folded, (case.x,)).square().mean()
-    expected = torch.autograd.grad(expected, list(parameters.values()))
-    found = torch.autograd.grad(model(case.x).square().mean(), list(parameters.values()))
-    for name, one, other in zip(parameters, found, expected):
+    leaves, x = dict(adapter_parameters(model, FIRST)), case.x
+    if x.is_floating_point():
+        leaves["input"] = x.requires_grad_()
+    expected = torch.func.functional_call(case.base.make(), folded, (x,)).square().mean()
+    expected = torch.autograd.grad(expected, list(leaves.values()))
+    found = torch.autograd.grad(model(x).square().mean(), list(leaves.values()))
+    for name, one, other in zip(leaves, found, expected):
         assert_close(one, other, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -267,6 +269,22 @@ def test_training_after_a_forward_in_inference_mode(case):
     found.sum().backward()
 
 
+@over(ONE_OF_A_SORT)
+def test_under_the_transforms_of_torch_func(case):
+    model = case.one()
+    parameters = dict(adapter_parameters(model, FIRST))
+
+    def loss(values):
+        return torch.func.functional_call(model, values, (case.x,)).square().mean()
+
+    found = torch.func.grad(loss)({name: parameter.detach() for name, parameter in parameters.items()})
+    expected = torch.autograd.grad(model(case.x).square().mean(), list(parameters.values()))
+    for one, other in zip(found.values(), expected):
+        close(one, other)
+    with torch.no_grad():
+        close(torch.vmap(model)(case.x.unsqueeze(1)).squeeze(1), model(case.x))
+
+
 @over([case for case in ADAPTED if case.base.name == "linear"])
 def test_compiled_whole(case):
     model, plain = case.one(), case.one()
@@ -322,12 +340,27 @@ def test_under_autocast(case, dtype):
 
 @over(ADAPTED)
 def test_moved_to_another_dtype(case):
-    model = case.one()
+    model, x = case.one(), case.base.input(torch.float64)
     expected = output(model, case.x)
     model.double()
-    found = output(model, case.base.input(torch.float64))
+    found = output(model, x)
     assert found.dtype == torch.float64
     close(found, expected)
+    with case.declared("merge") as possible:
+        model.merge_adapter()
+    if possible:
+        close(output(model, x), expected)
+        model.float()
+        model.unmerge_adapter()
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        assert changed(state(case.one()), state(model)) == set()
+
+
+@over(ONE_OF_A_SORT)
+def test_on_a_float64_base(case):
+    model = case.one(torch.float64)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+    model(case.base.input(torch.float64)).sum().backward()
 
 
 # ------------------------------------------------------------------------------------------------------------- merging
@@ -349,6 +382,12 @@ def merged_equals_forward(case: Case) -> None:
     model.unmerge_adapter()
     assert changed(before, state(model)) == set()
     assert same(output(model, case.x), expected)
+    for parameter in model.base_model.model.layer.get_base_layer().parameters():
+        parameter.data.mul_(2)
+    before = state(model)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert changed(before, state(model)) == set()
 
 
 @over(ADAPTED)
@@ -366,7 +405,7 @@ def test_safe_merge_gives_the_same(case):
     results = []
     for safe_merge in (False, True):
         model = case.one()
-        with case.declared("merge") as possible:
+        with case.declared("merge"):
             model.merge_adapter(safe_merge=safe_merge)
         results.append(state(model))
     assert changed(*results) == set()
@@ -422,6 +461,17 @@ def test_unload(case, merged):
     ]
     assert changed(state(plain), state(unloaded)) == set()
     assert same(output(unloaded, case.x), case.base_output)
+
+
+@over(ONE_OF_A_SORT)
+def test_merging_an_unknown_adapter_is_refused(case):
+    model = case.one()
+    before, expected = state(model), output(model, case.x)
+    for call in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=f"'frist'.*{FIRST}"):
+            call(adapter_names=["frist"])
+    assert changed(before, state(model)) == set()
+    assert same(output(model, case.x), expected)
 
 
 @over(ADAPTED)
@@ -536,6 +586,38 @@ def test_two_adapters_at_once(case):
     assert changed(before, state(model)) == set()
 
 
+@over(ADAPTED)
+def test_an_adapter_added_beside_a_merged_one_starts_from_the_base(case):
+    case.skip_other_start()
+    model = case.one()
+    with case.declared("merge") as possible:
+        model.merge_adapter()
+    if not possible:
+        return
+    merged = output(model, case.x)
+    model.add_adapter(SECOND, case.variant.config(SECOND, **case.usual_start))
+    if not case.layer_class.exclusive:  # a new copy of a module is made of the module as it is
+        assert same(output(model, case.x), merged)
+    model.set_adapter(SECOND)
+    assert not any(layer.merged for layer in tuner_layers(model))
+    close(output(model, case.x), case.base_output)
+
+
+@over(ONE_OF_A_SORT)
+def test_an_adapter_added_while_disabled_waits(case):
+    model = case.one()
+    model.base_model.disable_adapter_layers()
+    model.add_adapter(SECOND, case.variant.config(SECOND))
+    perturb(model, SECOND)
+    assert trainable(model) == set()
+    model.set_adapter(SECOND)
+    assert trainable(model) == set()
+    assert same(output(model, case.x), case.base_output)
+    model.base_model.enable_adapter_layers()
+    assert trainable(model) == names_of(model, SECOND)
+    assert not same(output(model, case.x), case.base_output)
+
+
 @over(ONE_OF_A_SORT)
 def test_deleting_falls_back(case):
     model = case.two()
@@ -555,10 +637,10 @@ def test_deleting_falls_back(case):
 
 @over(ONE_OF_A_SORT)
 def test_a_deleted_adapter_starts_over(case):
+    case.skip_other_start()
     model = case.two()
     model.delete_adapter(FIRST)
-    start = case.variant.start_option
-    model.add_adapter(FIRST, case.variant.config(FIRST, **({start: True} if start else {})))
+    model.add_adapter(FIRST, case.variant.config(FIRST, **case.usual_start))
     model.set_adapter(FIRST)
     close(output(model, case.x), case.base_output)
 
@@ -582,6 +664,26 @@ def test_a_mixed_batch_is_its_rows(case):
     model.set_adapter(FIRST)
     close(output(model, x, adapter_names=[FIRST] * 4), output(model, x))
     assert same(output(model, x, adapter_names=["__base__"] * 4), case.base_output)
+    with model.disable_adapter():
+        assert same(output(model, x, adapter_names=rows), case.base_output)
+
+
+@over(ONE_OF_A_SORT)
+def test_a_mixed_batch_that_does_not_fit_is_refused(case):
+    if case.limit("mixed batch"):
+        return
+    model = case.two()
+    for rows, problem in (([FIRST] * 3, "3"), ([FIRST] * 5, "5"), (["frist"] * 4, "frist")):
+        with pytest.raises(ValueError, match=problem):
+            model(case.x, adapter_names=rows)
+    with pytest.raises(ValueError, match="eval"):
+        model.train()(case.x, adapter_names=[FIRST] * 4)
+    model.eval()
+    with case.declared("merge") as possible:
+        model.merge_adapter()
+    if possible:
+        with pytest.raises(ValueError, match="merged"):
+            model(case.x, adapter_names=["__base__"] * 4)
 
 
 # ---------------------------------------------------------------------------------------------------- copies and files
@@ -609,6 +711,13 @@ def test_copies(case, duplicate):
     assert changed(before, state(model)) == set()
     assert same(output(model, case.x), expected)
     assert trainable(model) == names_of(model, FIRST)
+    with case.declared("merge") as possible:
+        model.merge_adapter()
+    if possible:
+        copied = duplicate(model)
+        copied.unmerge_adapter()
+        assert changed(before, state(copied)) == set()
+        assert changed(before, state(model)) != set()
 
 
 @over(ONE_OF_A_SORT)
@@ -617,6 +726,8 @@ def test_copies(case, duplicate):
 def test_state_dict_goes_into_another_model(case, low_cpu_mem_usage, dtype):
     model = case.one(dtype)
     saved = peft.get_peft_model_state_dict(model, adapter_name=FIRST)
+    of_state = peft.get_peft_model_state_dict(model, state_dict=model.state_dict(), adapter_name=FIRST)
+    assert changed(saved, of_state) == set()
     other = peft.get_peft_model(
         case.base.make(dtype), case.variant.config(FIRST), adapter_name=SECOND, low_cpu_mem_usage=low_cpu_mem_usage
     )
@@ -665,3 +776,69 @@ def test_state_of_the_whole_model_is_loaded(case, assign):
     output(other, case.x)
     other.load_state_dict(state(model), assign=assign)
     assert_equal_models(other, model, case.x)
+
+
+@over(ONE_OF_A_SORT)
+def test_biases_are_trained_and_saved(case, tmp_path):
+    if not case.variant.has("bias"):
+        return
+    model = case.fresh(config={"bias": "all"})
+    biases = [name for name, _ in model.named_parameters() if name.endswith("base_layer.bias")]
+    assert trainable(model) == names_of(model, FIRST).union(biases)
+    perturb(model, FIRST)
+    for name in biases:
+        model.get_parameter(name).data.add_(1.0)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(case.base.make(), tmp_path / FIRST)
+    assert same(output(loaded, case.x), output(model, case.x))
+
+
+@over(ONE_OF_A_SORT)
+def test_a_module_trained_in_full_goes_with_the_adapter(case, tmp_path):
+    if not case.variant.has("modules_to_save"):
+        return
+    model = case.fresh(config={"modules_to_save": ["act"]})
+    copied = "base_model.model.act.modules_to_save.first.weight"
+    assert trainable(model) == names_of(model, FIRST)
+    assert copied in trainable(model)
+    perturb(model, FIRST)
+    expected = output(model, case.x)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(case.base.make(), tmp_path / FIRST, adapter_name=FIRST)
+    assert changed(state(model), state(loaded)) == set()
+    assert same(output(loaded, case.x), expected)
+    with loaded.disable_adapter():
+        assert same(output(loaded, case.x), case.base_output)
+    with case.declared("merge") as possible:
+        loaded.merge_adapter()
+    if possible:
+        close(output(loaded, case.x), expected)
+        close(output(model.merge_and_unload(), case.x), expected)
+    assert same(output(loaded.unload(), case.x), case.base_output)
+
+
+@over(ONE_OF_A_SORT)
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_injected_into_a_model(case, low_cpu_mem_usage):
+    base = case.base.make()
+    if case.variant.tuner.uses_shared_state:
+        with pytest.raises(ValueError, match="get_peft_model"):
+            peft.inject_adapter_in_model(case.variant.config(FIRST), base, FIRST)
+        return
+    peft.inject_adapter_in_model(case.variant.config(FIRST), base, FIRST)
+    assert trainable(base) == names_of(base, FIRST)
+    perturb(base, FIRST)
+    assert same(output(base, case.x), output(case.one(), case.x))
+    saved = peft.get_peft_model_state_dict(base, adapter_name=FIRST)
+    other = case.base.make()
+    peft.inject_adapter_in_model(
+        case.variant.config(FIRST),
+        other,
+        FIRST,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+        state_dict=saved if low_cpu_mem_usage else None,
+    )
+    result = peft.set_peft_model_state_dict(other, saved, FIRST, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert result.unexpected_keys == []
+    assert_equal_models(other, base, case.x)
+    assert trainable(other) == names_of(other, FIRST)

@@ -8,7 +8,7 @@ from peft import LoraConfig
 
 FRAMES, CROP = 5, 64
 PATCH, WIDTH, TEXT_DIM = 8, 192, 16
-ADAPTER = "default"
+RANK, ADAPTER = 4, "default"
 
 
 def build_base(seed: int) -> CogVideoXTransformer3DModel:
@@ -35,8 +35,8 @@ def build_base(seed: int) -> CogVideoXTransformer3DModel:
 def adapter_config(copy_output_layer: bool) -> LoraConfig:
     """Return LoRA on the attention layers, with or without a fully trained copy of the output layer."""
     return LoraConfig(
-        r=8,
-        lora_alpha=8,
+        r=RANK,
+        lora_alpha=RANK,
         target_modules=["to_q", "to_k", "to_v", "to_out.0"],
         modules_to_save=["proj_out"] if copy_output_layer else None,
     )

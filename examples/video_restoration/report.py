@@ -12,11 +12,12 @@ matplotlib.use("Agg")  # before pyplot: there may be no screen
 import matplotlib.pyplot as plt
 import torch
 from data import HELD_OUT, Pairs
+from model import RANK
 
 COLOURS = {"lora_alone": "#8a8f98", "copy_frozen": "#d1495b", "copy_trained": "#1b998b"}
 SHORT = {"lora_alone": "LoRA alone", "copy_frozen": "copy frozen\n(the defect)", "copy_trained": "copy training"}
 DAMAGES = {"twin": "codec smear", "blocks": "4 x 4 blocks"}
-SHOWN = {"blocks": (1, 9), "twin": (1, 18)}
+SHOWN = {"blocks": (0.05, 0.45), "twin": (0.05, 0.95)}  # shares of the held-out stretch
 
 Figures = dict[str, Any]
 Pictures = dict[str, dict[str, torch.Tensor]]
@@ -100,11 +101,12 @@ def write_report(out: Path, figures: Figures, held_out: dict[str, Pairs], pictur
 
 def draw_frames(path: Path, figures: Figures, held_out: dict[str, Pairs], pictures: Pictures) -> None:
     """Draw held-out frames: damaged, restored by the three runs, and true."""
-    rows = [(damage, frame) for damage, frames in SHOWN.items() for frame in frames]
+    rows = [(damage, share) for damage, shares in SHOWN.items() for share in shares]
     titles = ["what comes in", *SHORT.values(), "the truth"]
     figure, axes = plt.subplots(len(rows), len(titles), figsize=(3.1 * len(titles), 2.68 * len(rows)), squeeze=False)
-    for row, (damage, frame) in enumerate(rows):
+    for row, (damage, share) in enumerate(rows):
         pairs = held_out[damage]
+        frame = int(share * len(pairs.true))
         shown = [pairs.damaged, *(pictures[key][damage] for key in SHORT), pairs.true]
         levels = [figures["psnr_before"][damage], *(run["psnr"][damage] for run in figures["runs"]), None]
         for column, (frames, level) in enumerate(zip(shown, levels)):
@@ -180,7 +182,7 @@ def _texts(figures: Figures) -> dict[str, str]:
         f"parameters. In {plan['base']['steps']} steps it learnt to undo 4 x 4 pixelation of a film in black and "
         f"white ({base['psnr_before']:.1f} dB before, {base['psnr_after']:.1f} dB after). Then each run took "
         f"{plan['adapter']['steps']} steps on the first frames of another film, with the base frozen; the last "
-        f"{HELD_OUT} frames were held out. LoRA has rank 8 and sits in the attention layers. The defect is "
+        f"{HELD_OUT} frames were held out. LoRA has rank {RANK} and sits in the attention layers. The defect is "
         "reproduced by freezing the copy by hand.</p><p>The last run's adapter was saved with "
         "<code>save_lora_adapter</code> and loaded with <code>load_lora_adapter</code> in a fresh process; the "
         f"frames restored there are {same} to those before saving. All of it took {figures['seconds']:.0f} s with "

@@ -24,11 +24,12 @@ def main() -> None:
     """Read the arguments, restore, save the frames."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the folder that run.py writes to")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--frames", type=int, required=True, help="how many of the held-out frames")
+    parser.add_argument("--threads", type=int, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     model = load_model(arguments.out)
-    held_out = {damage: split(pairs)[1] for damage, pairs in carphone_pairs().items()}
+    held_out = {damage: split(pairs)[1][: arguments.frames] for damage, pairs in carphone_pairs().items()}
     save_file(
         {damage: restore(model, pairs.damaged) for damage, pairs in held_out.items()},
         arguments.out / "restored.safetensors",

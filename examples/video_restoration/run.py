@@ -20,7 +20,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from data import Pairs, base_pairs, carphone_pairs, psnr, sample_batch, split
+from data import HELD_OUT, Pairs, base_pairs, carphone_pairs, psnr, sample_batch, split
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.utils import logging
 from model import ADAPTER, CROP, FRAMES, adapter_config, build_base, restore, start_as_copy
@@ -33,14 +33,15 @@ THREADS = 2
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to train the base, and how long every adapter."""
+    """How long to train the base and every adapter, and how many of the held-out frames to restore."""
 
     base: Schedule
     adapter: Schedule
+    frames: int
 
 
-FULL = Plan(base=Schedule(steps=250, rate=2e-3), adapter=Schedule(steps=250, rate=7e-3))
-QUICK = Plan(base=Schedule(steps=16, rate=1e-3, batch=2), adapter=Schedule(steps=24, rate=7e-3, batch=2))
+FULL = Plan(base=Schedule(steps=250, rate=2e-3), adapter=Schedule(steps=220, rate=7e-3), frames=HELD_OUT)
+QUICK = Plan(base=Schedule(steps=16, rate=1e-3, batch=2), adapter=Schedule(steps=24, rate=7e-3, batch=2), frames=5)
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def train_base(plan: Plan, seed: int) -> tuple[CogVideoXTransformer3DModel, dict
     model = build_base(seed)
     start_as_copy(model, sample_batch([film], 48, FRAMES, CROP, torch.Generator().manual_seed(seed))[1])
     losses, seconds = train(model, [film], plan.base, seed, "base, black-and-white film")
-    some = film[-4 * FRAMES :]
+    some = film[-plan.frames :]
     figures = {
         "psnr_before": psnr(some.damaged, some.true),
         "psnr_after": psnr(restore(model, some.damaged), some.true),
@@ -136,10 +137,11 @@ def output_layer_moved(base: CogVideoXTransformer3DModel, model: CogVideoXTransf
     return float((model.proj_out.weight.detach() - before).norm() / before.norm())
 
 
-def restore_in_fresh_process(out: Path) -> dict[str, torch.Tensor]:
+def restore_in_fresh_process(out: Path, frames: int) -> dict[str, torch.Tensor]:
     """Load the saved base and adapter in a new Python process and return the frames that it restores."""
     script = Path(__file__).with_name("restore.py")
-    subprocess.run([sys.executable, str(script), "--out", str(out), "--threads", str(THREADS)], check=True)
+    command = [sys.executable, str(script), "--out", str(out), "--frames", str(frames), "--threads", str(THREADS)]
+    subprocess.run(command, check=True)
     return load_file(out / "restored.safetensors")
 
 
@@ -158,7 +160,8 @@ def main() -> None:
     plan = QUICK if arguments.quick else FULL
     arguments.out.mkdir(parents=True, exist_ok=True)
 
-    clips = {damage: split(pairs) for damage, pairs in carphone_pairs().items()}
+    halves = {damage: split(pairs) for damage, pairs in carphone_pairs().items()}
+    clips = {damage: (seen, unseen[: plan.frames]) for damage, (seen, unseen) in halves.items()}
     base, base_figures = train_base(plan, arguments.seed)
     base.save_pretrained(arguments.out / "base")
     results, pictures = [], {}
@@ -167,7 +170,7 @@ def main() -> None:
         results.append(result)
     # The last run is the one to keep: its copy has learnt to paint.
     model.save_lora_adapter(arguments.out / "adapter", adapter_name=ADAPTER)
-    again = restore_in_fresh_process(arguments.out)
+    again = restore_in_fresh_process(arguments.out, plan.frames)
     same = all(torch.equal(again[damage], frames) for damage, frames in pictures[VARIANTS[-1].key].items())
 
     held_out = {damage: unseen for damage, (_, unseen) in clips.items()}
