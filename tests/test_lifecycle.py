@@ -296,9 +296,7 @@ def test_merging_into_a_tied_weight_leaves_the_other_side_alone(targets):
     move(model, "default")
     output = model(x)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    weight = model.get_parameter(
-        "base_model.model.embed." + ("base_layer.weight" if "embed" in targets else "weight")
-    )
+    weight = model.get_parameter("base_model.model.embed." + ("base_layer.weight" if "embed" in targets else "weight"))
     model.merge_adapter()
     assert torch.allclose(model(x), output, atol=1e-5)
     model.unmerge_adapter()
