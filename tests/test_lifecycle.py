@@ -305,3 +305,17 @@ def test_merging_into_a_tied_weight_leaves_the_other_side_alone(targets):
     sides = [getattr(module, "base_layer", module).weight for module in (base.embed, base.head)]
     assert sides[0] is sides[1] is weight
     assert torch.allclose(model.merge_and_unload()(x), output, atol=1e-5)
+
+
+def test_merge_and_unload_is_whole_or_not_at_all():
+    """A convolution with groups has no merged LoRA weight; the layers before it stay adapted then."""
+    base = nn.Sequential(nn.Conv1d(4, 4, 1), nn.Conv1d(4, 4, 3, padding=1, groups=2))
+    with pytest.warns(UserWarning, match="groups"):
+        model = peft.get_peft_model(base, LoraConfig(r=2, target_modules=["0", "1"]))
+    move(model, "default")
+    x = torch.randn(1, 4, 5)
+    output, names = model(x), set(model.state_dict())
+    with pytest.raises(NotImplementedError, match="groups"):
+        model.merge_and_unload()
+    assert set(model.state_dict()) == names
+    assert torch.equal(model(x), output)

@@ -6,7 +6,7 @@ from diffusers import CogVideoXTransformer3DModel
 
 from peft import LoraConfig
 
-FRAMES, CROP = 5, 64
+FRAMES, CROP = 4, 64
 PATCH, WIDTH, TEXT_DIM = 8, 192, 16
 RANK, ADAPTER = 4, "default"
 

@@ -40,8 +40,8 @@ class Plan:
     frames: int
 
 
-FULL = Plan(base=Schedule(steps=250, rate=2e-3), adapter=Schedule(steps=220, rate=7e-3), frames=HELD_OUT)
-QUICK = Plan(base=Schedule(steps=16, rate=1e-3, batch=2), adapter=Schedule(steps=24, rate=7e-3, batch=2), frames=5)
+FULL = Plan(base=Schedule(steps=220, rate=2e-3), adapter=Schedule(steps=200, rate=7e-3), frames=HELD_OUT)
+QUICK = Plan(base=Schedule(steps=16, rate=1e-3, batch=2), adapter=Schedule(steps=24, rate=7e-3, batch=2), frames=4)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from .engine.encoders import BasePromptEncoder, PromptEncoders
 from .engine.injection import Injection, adopt
 from .engine.lifecycle import AdapterHolder, holders_of, set_trains
 from .engine.state import AdapterState, LoadResult, check_finite
-from .engine.tuner import _set_submodule
+from .engine.tuner import places_of
 from .engine.undo import Undo
 from .utils.prompts import _prepare_prompt_learning_config
 from .utils.registry import method
@@ -181,8 +181,10 @@ class PromptLearning:
 
     def unload(self) -> None:
         """Take the wrappers out of the base model, which is then as it was."""
-        for name, holder in list(holders_of(self.model.base_model)):
-            _set_submodule(self.model.base_model, name, holder, holder.get_base_layer())
+        places = places_of(self.model.base_model)
+        for _, holder in list(holders_of(self.model.base_model)):
+            for owner, name in places[id(holder)]:
+                owner._modules[name] = holder.get_base_layer()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -22,7 +22,7 @@ from .backends import resolve_quantization_backend
 from .injection import AdapterConfigs, Injection
 from .kinds import kind_of
 from .layer import AdapterLayer, BaseTunerLayer
-from .lifecycle import AdapterHolder, MixedBatch, Roster, as_names, holders_of
+from .lifecycle import AdapterHolder, MixedBatch, Roster, as_names, holders_of, modules_of
 from .matching import TargetMatcher, _ExcludedModule
 from .offload import onload_layer
 from .operations import cast_holders, check_mixed_batch, refresh_biases
@@ -429,6 +429,15 @@ class BaseTuner(ForwardsAttributes, nn.Module):
         """Take all adapters out and give back the base model as it was."""
         return self._unload_and_optionally_merge(merge=False)
 
+    def _try_folding(self, adapter_names: list[str] | None) -> None:
+        """Raise what folding some layer would raise, before the first layer is taken out."""
+        for _, holder in self.holders:
+            if isinstance(holder, AdapterLayer):
+                held = holder._get_available_adapters()
+                wanted = holder.active_adapters if adapter_names is None else adapter_names
+                with onload_layer(holder):
+                    holder.folded([name for name in wanted if name in held and name not in holder.merged_adapters])
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -442,6 +451,9 @@ class BaseTuner(ForwardsAttributes, nn.Module):
         if merge and safe_merge:
             self.merge_adapter(adapter_names, safe_merge=True)
             self.unmerge_adapter()
+        elif merge:
+            self._try_folding(adapter_names)
+        places = places_of(self.model)
         ties = _TiedEmbeddings(self.model)
         inside: tuple[str, ...] = ()
         names = [name for name, _ in self.holders]
@@ -453,7 +465,8 @@ class BaseTuner(ForwardsAttributes, nn.Module):
             inside = (f"{name}.",)
             with onload_layer(holder):
                 plain = unloaded(holder, merge, adapter_names)
-            _set_submodule(self.model, name, holder, plain)
+            for owner, child_name in places[id(holder)]:
+                owner._modules[child_name] = plain
         self.__dict__.pop("_holders", None)
         if "peft_config" in self.model.__dict__:
             del self.model.peft_config
@@ -496,14 +509,13 @@ def _set_merged(holder: AdapterHolder, names: list[str]) -> None:
         holder.merge(adapter_names=names)
 
 
-def _set_submodule(model: nn.Module, name: str, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever the model refers to `old`, a module shared under several names included."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    setattr(parent, name.rpartition(".")[2], new)
-    for module in model.modules():
-        for child_name, child in module._modules.items():
-            if child is old:
-                module._modules[child_name] = new
+def places_of(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Where a model refers to each of its modules, by the module's id; a shared one is in several places."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for _, owner in modules_of(model):
+        for name, child in owner._modules.items():
+            places.setdefault(id(child), []).append((owner, name))
+    return places
 
 
 class _TiedEmbeddings:
