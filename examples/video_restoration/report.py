@@ -157,7 +157,7 @@ def _texts(figures: Figures) -> dict[str, str]:
     """Return the sentences of the page, with the figures of this very run."""
     frozen, trained = figures["runs"][1], figures["runs"][2]
     gain = {damage: trained["psnr"][damage] - frozen["psnr"][damage] for damage in DAMAGES}
-    base, plan = figures["base"], figures["plan"]
+    base, plan, inverted = figures["base"], figures["plan"], figures["psnr_inverted"]
     same = "bit for bit equal" if figures["fresh_process_equal"] else "NOT equal"
     quick = " This was a quick run of a few steps: the pictures come out poor." if figures["quick"] else ""
     return {
@@ -172,8 +172,10 @@ def _texts(figures: Figures) -> dict[str, str]:
         "What the codec smeared beyond recognition, the mouth in the lower rows, no run brings back.",
         "table_caption": f"The training copy wins {gain['blocks']:.1f} dB on blocks and {gain['twin']:.1f} dB on "
         "smear over the frozen one. PSNR measures closeness to the true frames: more is better, and 3 dB halve the "
-        "squared error. Colour is how colourful the restored frames are, relative to the true ones. Seconds are "
-        "those of training.",
+        "squared error. Who inverts the negatives by hand and restores nothing gets "
+        f"{inverted['blocks']:.1f} and {inverted['twin']:.1f} dB: no run was told that they are negatives, so most of "
+        "the way is to develop them, and only what lies above is damage undone. Colour is how colourful the "
+        "restored frames are, relative to the true ones. Seconds are those of training.",
         "losses_caption": "The same frames in the same order for all three. The curves of LoRA alone and of the "
         "frozen copy lie on each other: a copy that does not train is no help at all.",
         "trained_caption": "Left: what the optimiser was given. Right: how far the output layer in use ended up "

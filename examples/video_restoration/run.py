@@ -20,7 +20,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from data import HELD_OUT, Pairs, base_pairs, carphone_pairs, psnr, sample_batch, split
+from data import HELD_OUT, Pairs, base_pairs, carphone_pairs, negative, psnr, sample_batch, split
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.utils import logging
 from model import ADAPTER, CROP, FRAMES, adapter_config, build_base, restore, start_as_copy
@@ -182,6 +182,7 @@ def main() -> None:
         "plan": asdict(plan),
         "base": base_figures,
         "psnr_before": {damage: psnr(unseen.damaged, unseen.true) for damage, unseen in held_out.items()},
+        "psnr_inverted": {damage: psnr(negative(unseen.damaged), unseen.true) for damage, unseen in held_out.items()},
         "runs": [asdict(result) for result in results],
         "fresh_process_equal": same,
         "seconds": time.perf_counter() - start,
