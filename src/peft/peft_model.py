@@ -39,6 +39,7 @@ from .utils.forwarding import ForwardsAttributes
 from .utils.naming import check_adapter_name, did_you_mean
 from .utils.peft_types import PeftType, TaskType
 from .utils.registry import method
+from .utils.training import require_input_grads
 
 SPECIAL_FORWARD_ARGS = {"adapter_names", "alora_offsets"}
 
@@ -344,10 +345,7 @@ class PeftModel(PushToHubMixin, ForwardsAttributes, nn.Module):
             getattr(model, name, False) for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
         )
         if not quantized:
-            if hasattr(model, "enable_input_require_grads"):
-                model.enable_input_require_grads()
-            elif hasattr(model, "get_input_embeddings"):
-                model.get_input_embeddings().register_forward_hook(_require_grad_of_output)
+            require_input_grads(model)
         return model
 
     _prepare_model_for_gradient_checkpointing = prepare_model_for_gradient_checkpointing
@@ -500,10 +498,6 @@ class PeftModel(PushToHubMixin, ForwardsAttributes, nn.Module):
         from .model_card import write_model_card  # lazy: the hub client's card classes are slow to import
 
         write_model_card(self, output_dir)
-
-
-def _require_grad_of_output(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-    output.requires_grad_(True)
 
 
 from .peft_tasks import (  # noqa: E402  (they derive from PeftModel)

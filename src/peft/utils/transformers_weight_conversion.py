@@ -4,7 +4,7 @@ transformers describes how a checkpoint of an older release becomes today's mode
 conversions. From these follows what becomes of an adapter: its names change alike, and factors of experts that were one
 module each are stacked as `ParamWrapper` holds them. This module needs transformers 5.
 """
-# layer: engine
+# layer: tuners
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from transformers.core_model_loading import (
 )
 
 from ..config import PeftConfig
-from ..engine.fused_experts import FusedExperts, convert_peft_config_for_transformers, fused_experts
 from ..engine.matching import _maybe_include_all_linear_layers, check_target_module_exists
 from ..engine.state import BASE_PREFIX, AdapterState, base_model_of
+from ..tuners.lora.fused_experts import FusedExperts, convert_peft_config_for_transformers, fused_experts
 from .constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from .peft_types import PeftType
 from .registry import all_methods, method

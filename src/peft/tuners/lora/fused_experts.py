@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import nn
 
-from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from .inspection import plain_modules
-from .kinds import kind_of
-from .matching import TargetMatcher, all_linear_names, condensed, get_pattern_key, is_suffix
+from ...engine.inspection import plain_modules
+from ...engine.kinds import kind_of
+from ...engine.matching import TargetMatcher, all_linear_names, condensed, get_pattern_key, is_suffix
+from ...utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 FUSED_NAMES = ("gate_up_proj", "down_proj")
 _EXPERT = re.compile(r"experts\.\*\.(\w+)\.weight")
