@@ -232,7 +232,7 @@ def test_mixed_batch_reflects_each_row_by_its_adapter(name):
     for i, adapter in enumerate("ab"):
         model.set_adapter(adapter)
         rows.append(model(x)[i])
-    with model.mixed_batch(["a", "b", "__base__"]):
+    with model.call_inputs(["a", "b", "__base__"]):
         torch.testing.assert_close(model(x), torch.stack([*rows, layer(x)[2]]), atol=1e-5, rtol=1e-4)
 
 

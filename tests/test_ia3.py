@@ -246,7 +246,7 @@ def test_mixed_batch_calls_the_base_layer_once(name):
     names = ["b", "__base__", "a", "c", "b", "a"]
     calls = []
     layer.register_forward_hook(lambda *_: calls.append(1))
-    with model.mixed_batch(names):
+    with model.call_inputs(names):
         mixed = model(x)
     assert len(calls) == 1
     for row, adapter in enumerate(names):

@@ -41,7 +41,6 @@ from .utils.peft_types import PeftType, TaskType
 from .utils.registry import method
 from .utils.training import require_input_grads
 
-SPECIAL_FORWARD_ARGS = {"adapter_names", "alora_offsets"}
 
 
 def warn_about_prefix(config: PeftConfig, adapter_name: str) -> None:
@@ -81,7 +80,7 @@ class PeftModel(PushToHubMixin, ForwardsAttributes, nn.Module):
         check_adapter_name(adapter_name)
         self.active_adapter = adapter_name
         self.peft_type = peft_config.peft_type
-        self.special_peft_forward_args = set(SPECIAL_FORWARD_ARGS)
+        self.special_peft_forward_args = {"adapter_names"}
         self._is_prompt_learning = peft_config.is_prompt_learning
         self._adapters_disabled = False
         self._peft_config: dict[str, PeftConfig] | None = None
@@ -93,6 +92,7 @@ class PeftModel(PushToHubMixin, ForwardsAttributes, nn.Module):
             tuner_cls = method(peft_config.peft_type).model_cls
             with deferred_parameters(low_cpu_mem_usage):
                 self.base_model = tuner_cls(model, {adapter_name: peft_config}, adapter_name)
+            self.special_peft_forward_args |= set(self.base_model.special_forward_args)
         self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if getattr(model, "is_gradient_checkpointing", True):
             self.prepare_model_for_gradient_checkpointing(model)

@@ -21,11 +21,6 @@ from .prompt_inputs import PromptInputs
 from .utils.peft_types import TaskType
 
 
-def _needs_task_ids(model: PeftModel) -> bool:
-    """Whether the method routes by task: its base model or encoder takes `task_ids`."""
-    return getattr(model.base_model, "takes_task_ids", False)
-
-
 class _TaskModel(PeftModel):
     """What the classes for tasks share.
 
@@ -83,7 +78,7 @@ class _TaskModel(PeftModel):
         """The base model's output for these arguments, with the adapter or the prompt applied."""
         if self._uses_prompt:
             return PromptInputs(self).forward(inputs, task_ids, extra)
-        if _needs_task_ids(self):
+        if "task_ids" in self.special_peft_forward_args:  # the method routes by task
             extra["task_ids"] = task_ids
         with self._enable_peft_forward_hooks(**extra):
             return self.base_model(**inputs, **self._without_special(extra))
@@ -250,10 +245,7 @@ class _GeneratingModel(_TaskModel):
         if self._uses_prompt:
             input_ids = kwargs.pop("input_ids") if "input_ids" in kwargs else args[0]
             return PromptInputs(self).step(prepare, input_ids, kwargs, task_ids)
-        inputs = prepare(*args, **kwargs)
-        if _needs_task_ids(self):
-            inputs["task_ids"] = task_ids
-        return inputs
+        return prepare(*args, **kwargs)
 
 
 @contextmanager

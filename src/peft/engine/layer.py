@@ -150,6 +150,18 @@ class AdapterLayer(BaseTunerLayer):
         beams = rows // len(names) if names and rows % len(names) == 0 else 1
         return [name for name in names for _ in range(beams)] if beams > 1 else names
 
+    def call_input(self, name: str, rows: int | None = None) -> Any:
+        """What the running call of the model gives under a name (see `BaseTuner.call_inputs`), None for nothing.
+
+        Args:
+            name: one of the tuner's `special_forward_args`.
+            rows: rows that the layer sees; a list that is shorter is repeated for the beams of each of its rows.
+        """
+        value = self.roster.inputs.get(name)
+        if rows is None or not isinstance(value, list) or not value or rows % len(value):
+            return value
+        return [item for item in value for _ in range(rows // len(value))]
+
     def _mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> torch.Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +29,61 @@ class MixedBatch:
 
 
 @dataclass
+class CallInputs:
+    """What one call of a model gives its layers beside their own input, such as the task of each row.
+
+    A layer that autograd computes again in the backward pass (gradient checkpointing) is given what the call gave.
+    """
+
+    current: dict[str, Any] | None = None
+    recomputable: list[dict[str, Any]] = field(default_factory=list)
+    """Inputs of the calls that may be computed again; the last two, which tells whether they are one."""
+    recomputed: bool = False
+
+    @contextmanager
+    def given(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """Context in which a call gives these."""
+        before, self.current = self.current, inputs
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def remember(self, inputs: dict[str, Any]) -> None:
+        """Keep a call's inputs for its backward pass."""
+        kept = [] if self.recomputed else self.recomputable[-1:]
+        self.recomputable, self.recomputed = [*kept, inputs], False
+
+    def get(self, name: str) -> Any:
+        """What the running call gives under that name, None for nothing.
+
+        Raises:
+            ValueError: a layer is computed again, and two calls gave different things since the last backward pass.
+        """
+        if self.current is not None:
+            return self.current.get(name)
+        if not self.recomputable or not in_backward():
+            return None
+        self.recomputed = True
+        values = [inputs.get(name) for inputs in self.recomputable]
+        if not all(_same(value, values[-1]) for value in values):
+            raise ValueError(
+                f"The model was called twice with different {name} before backward(), and gradient checkpointing cannot "
+                "tell which call it computes again. Call backward() after each forward, or switch checkpointing off."
+            )
+        return values[-1]
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _same(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if torch.is_tensor(a) and torch.is_tensor(b) else a is b or bool(a == b)
+
+
+@dataclass
 class Roster:
     """What all adapter-holding modules of one model know in common. Holds names only, never modules."""
 
@@ -36,6 +92,7 @@ class Roster:
     exclusive: set[str] = field(default_factory=set)
     """Labels of modules that can use only one adapter at a time, since each replaces the module as a whole."""
     batch: MixedBatch | None = None
+    inputs: CallInputs = field(default_factory=CallInputs)
 
     def join(self, adapter_name: str, label: str, exclusive: bool) -> None:
         self.holders.setdefault(adapter_name, set()).add(label)
@@ -404,6 +461,13 @@ class AdapterHolder:
             return
         for name in as_names(adapter_names):
             self._freeze_non_trainable_peft_weights([name])
+
+    def declare_frozen(self, adapter_name: str, *containers: str) -> None:
+        """Declare that the tensors that some containers have of an adapter do not train, from now on."""
+        declared = self.frozen_peft_weight_names.get(adapter_name, ())
+        names = (*declared, *(name for name in containers if name not in declared))
+        self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: names}
+        self._freeze_non_trainable_peft_weights([adapter_name])
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: list[str] | None = None) -> None:
         for adapter, container, _, parameter in self.adapter_parameters(adapter_names):

@@ -132,6 +132,11 @@ def refresh_biases(model: nn.Module, configs: dict[str, Any], active: list[str],
             set_trains(parameter, flag)
 
 
+def uses_checkpointing(model: nn.Module) -> bool:
+    """Whether some part of a transformers or diffusers model is computed again in the backward pass."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def check_mixed_batch(model: nn.Module, roster: Roster, adapter_names: list[str]) -> None:
     """Raise unless a batch of these adapters can be run.
 

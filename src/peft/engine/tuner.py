@@ -25,7 +25,7 @@ from .layer import AdapterLayer, BaseTunerLayer
 from .lifecycle import AdapterHolder, MixedBatch, Roster, as_names, holders_of, modules_of
 from .matching import TargetMatcher, _ExcludedModule
 from .offload import onload_layer
-from .operations import cast_holders, check_mixed_batch, refresh_biases
+from .operations import cast_holders, check_mixed_batch, refresh_biases, uses_checkpointing
 from .undo import Undo
 
 
@@ -49,6 +49,8 @@ class BaseTuner(ForwardsAttributes, nn.Module):
     uses_shared_state: ClassVar[bool] = False
     layer_classes: ClassVar[dict[str, type[AdapterLayer]]] = {}
     """Kind name -> layer class; the key "any" stands for every module."""
+    special_forward_args: ClassVar[tuple[str, ...]] = ()
+    """Keywords of the model's forward and generate that are for the layers, not for the base model."""
     unsupported_error: ClassVar[type[Exception]] = TypeError
     """What is raised for a target that no layer class fits."""
 
@@ -235,8 +237,9 @@ class BaseTuner(ForwardsAttributes, nn.Module):
             new_module.train(False)
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
-        """Context in which the layers know which adapter each row of the batch uses (`adapter_names`)."""
-        return self.mixed_batch(kwargs.get("adapter_names"))
+        """Context in which the layers know what a call gives them: `adapter_names` and `special_forward_args`."""
+        given = {name: kwargs[name] for name in self.special_forward_args if kwargs.get(name) is not None}
+        return self.call_inputs(kwargs.get("adapter_names"), **given)
 
     # ---------------------------------------------------------------------------------------------------------- injection
 
@@ -342,25 +345,32 @@ class BaseTuner(ForwardsAttributes, nn.Module):
         self.active_adapter = self.holders[0][1].active_adapters if self.holders else []
 
     @contextmanager
-    def mixed_batch(self, adapter_names: list[str] | None) -> Iterator[None]:
-        """Context in which each row of a batch uses the adapter named for it.
+    def call_inputs(self, adapter_names: list[str] | None = None, **inputs: Any) -> Iterator[None]:
+        """Context of one call of the model, in which its layers know what the call gives them.
 
         Args:
-            adapter_names: one name per row, `"__base__"` for the base model; None for an ordinary batch.
+            adapter_names: the adapter of each row, `"__base__"` for the base model; None for an ordinary batch.
+            inputs: what the layers ask for by `call_input(name)`.
 
         Raises:
-            ValueError: in training mode, or an unknown name.
+            ValueError: `adapter_names` in training mode, or an unknown name.
         """
-        if adapter_names is None:
+        if adapter_names is None and not inputs:
             yield
             return
         roster = self.roster
-        check_mixed_batch(self.model, roster, adapter_names)
-        roster.batch = MixedBatch(list(adapter_names))
+        if adapter_names is not None:
+            check_mixed_batch(self.model, roster, adapter_names)
+        before = roster.batch, roster.inputs.current
+        roster.batch = roster.batch if adapter_names is None else MixedBatch(list(adapter_names))
+        if inputs:
+            roster.inputs.current = inputs
+            if torch.is_grad_enabled() and uses_checkpointing(self.model):
+                roster.inputs.remember(inputs)
         try:
             yield
         finally:
-            roster.batch = None
+            roster.batch, roster.inputs.current = before
 
     # ------------------------------------------------------------------------------------------------------------ merging
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ...engine.layer import BaseTunerLayer
-from .layer import Linear, LoraLayer, _product
+from .layer import Linear, LoraLayer
 
 if TYPE_CHECKING:
     from .config import LoraConfig
@@ -112,9 +112,6 @@ class MultiheadAttention(LoraLayer, nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         return self.get_base_layer().in_proj_weight
-
-    def delta_weight(self, adapter: str) -> torch.Tensor:
-        return self.scaling[adapter] * _product(self.lora_B[adapter].weight, self.lora_A[adapter].weight)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         return self.delta_weight(adapter)

@@ -8,12 +8,16 @@ while training, so that only products with the rank as one side are left.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ...engine.backends import dense_weight
+from .variant import LoraVariant, register_variant
+
+if TYPE_CHECKING:
+    from .layer import LoraLayer
 
 ENABLE_DORA_CACHING = False
 """Whether magnitude modules remember their norm in eval mode; see `peft.helpers.DoraCaching`."""
@@ -243,3 +247,124 @@ class DoraConv2dLayer(_DoraConvNdLayer):
 
 class DoraConv3dLayer(_DoraConvNdLayer):
     """The magnitude of a Conv3d's adapter."""
+
+
+# ------------------------------------------------------------------------------------------------------------ the variants
+
+
+def _factors(module: LoraLayer, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+    if adapter in module.lora_embedding_A:
+        return module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
+    return module.lora_A[adapter].weight, module.lora_B[adapter].weight
+
+
+def _add_magnitude(module: LoraLayer, adapter: str, magnitude_cls: type[DoraLinearLayer]) -> None:
+    magnitude = magnitude_cls(fan_in_fan_out=getattr(module, "fan_in_fan_out", False))
+    A, B = _factors(module, adapter)
+    magnitude.update_layer(
+        base_layer=module.get_base_layer(),
+        lora_A=A,
+        lora_B=B,
+        scaling=module.scaling[adapter],
+        place_on_cpu=module.ephemeral_gpu_offload and A.device.type == "cpu",
+        weight=module.unmerged_weight() if module.merged_adapters else None,
+    )
+    module.lora_magnitude_vector[adapter] = magnitude
+
+
+def _gain(module: LoraLayer, adapter: str) -> torch.Tensor:
+    """m/‖V‖ with V from the base weight without merged adapters, shaped to scale the base weight's own layout."""
+    magnitude = module.lora_magnitude_vector[adapter]
+    gain = magnitude.weight / magnitude.norm(
+        module.unmerged_weight(), *_factors(module, adapter), module.scaling[adapter]
+    )
+    return gain.view([1, -1] if module.fan_in_fan_out else [-1] + [1] * (gain.dim() - 1 or 1))
+
+
+@register_variant("use_dora", kinds=("linear", "conv1d_transformers"))
+class DoraLinearVariant(LoraVariant):
+    """DoRA on a linear layer: the output gains (m/‖V‖ - 1)·W·x + m/‖V‖·s·B·A·x."""
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
+        _add_magnitude(module, adapter_name, DoraLinearLayer)
+
+    @staticmethod
+    def forward(
+        module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        dropout = module.lora_dropout[active_adapter]
+        undropped = isinstance(dropout, nn.Identity) or not module.training
+        return result + module.lora_magnitude_vector[active_adapter](
+            dropout(x),
+            lora_A=module.lora_A[active_adapter],
+            lora_B=module.lora_B[active_adapter],
+            scaling=module.scaling[active_adapter],
+            base_layer=module.get_base_layer(),
+            base_result=result if undropped else None,
+        )
+
+    @staticmethod
+    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        merged = _gain(module, active_adapter) * (orig_weight + module.get_delta_weight(active_adapter))
+        return merged.to(orig_weight.dtype)
+
+    @staticmethod
+    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        base = orig_weight / _gain(module, active_adapter) - module.get_delta_weight(active_adapter)
+        return base.to(orig_weight.dtype)
+
+
+@register_variant("use_dora", kinds=("embedding",))
+class DoraEmbeddingVariant(DoraLinearVariant):
+    """DoRA on an embedding: the rows become m/‖V‖ ⊙ (W + s·B·A)[x]."""
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
+        _add_magnitude(module, adapter_name, DoraEmbeddingLayer)
+
+    @staticmethod
+    def forward(
+        module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        A, B = _factors(module, active_adapter)
+        gain, added = module.lora_magnitude_vector[active_adapter](
+            x,
+            lora_A=A,
+            lora_B=B,
+            scaling=module.scaling[active_adapter],
+            base_layer=module.get_base_layer(),
+            embed_fn=module.embed,
+        )
+        return gain * result + added
+
+
+class _DoraConvNdVariant(DoraLinearVariant):
+    """DoRA on a convolution, with one magnitude per output channel."""
+
+
+@register_variant("use_dora", kinds=("conv1d",))
+class DoraConv1dVariant(_DoraConvNdVariant):
+    """DoRA on `nn.Conv1d`."""
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, config: Any, **kwargs: Any) -> None:
+        _add_magnitude(module, adapter_name, DoraConv1dLayer)
+
+
+@register_variant("use_dora", kinds=("conv2d",))
+class DoraConv2dVariant(_DoraConvNdVariant):
+    """DoRA on `nn.Conv2d`."""
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, config: Any, **kwargs: Any) -> None:
+        _add_magnitude(module, adapter_name, DoraConv2dLayer)
+
+
+@register_variant("use_dora", kinds=("conv3d",))
+class DoraConv3dVariant(_DoraConvNdVariant):
+    """DoRA on `nn.Conv3d`."""
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, config: Any, **kwargs: Any) -> None:
+        _add_magnitude(module, adapter_name, DoraConv3dLayer)

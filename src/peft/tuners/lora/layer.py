@@ -22,7 +22,7 @@ from ...utils.integrations import dequantize_module_weight, gather_params_ctx, g
 from ...utils.tensors import bare_linear, transpose
 from ...utils.warning import PeftWarning
 from .initialisers import initialise
-from .variant import LoraVariant, requested_variants, resolve_variant
+from .variant import LoraVariant, VariantTable, requested_variants, resolve_variant, variants_on
 
 if TYPE_CHECKING:
     from .config import LoraConfig
@@ -67,9 +67,9 @@ class LoraLayer(AdditiveLayer):
         return nn.ParameterDict() if "embedding" in name else nn.ModuleDict()
 
     @property
-    def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant]]:
+    def lora_variants(self) -> VariantTable:
         """Sorted tuple of requested variant names -> the variant that serves it on this kind of layer."""
-        return {}
+        return {} if self.kind is None else variants_on(self.kind.name)
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
         """The variant that a configuration asks for on this layer, None for plain LoRA.
@@ -114,12 +114,31 @@ class LoraLayer(AdditiveLayer):
             self._share_factors(adapter_name, tied)
         else:
             self.reset_lora_parameters(adapter_name, config.init_lora_weights)
-        self.lora_variant.pop(adapter_name, None)
+        self._forget_variant(adapter_name)
         if variant is not None:
-            self._move_adapter_to_device_of_base_layer(adapter_name)
-            variant.init(self, adapter_name=adapter_name, config=config, **kwargs)
-            self.lora_variant[adapter_name] = variant
+            self._add_variant(variant, adapter_name, config, **kwargs)
         self._settle(adapter_name, inference_mode=config.inference_mode)
+
+    def _add_variant(self, variant: LoraVariant, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
+        for name, make in variant.containers.items():
+            if name not in self.adapter_layer_names:
+                setattr(self, name, make())
+                self.adapter_layer_names = (*self.adapter_layer_names, name)
+        if variant.frozen_containers:
+            self.frozen_peft_weight_names = self.frozen_peft_weight_names | {adapter_name: variant.frozen_containers}
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        variant.init(self, adapter_name=adapter_name, config=config, **kwargs)
+        self.lora_variant[adapter_name] = variant
+
+    def _forget_variant(self, adapter_name: str) -> None:
+        variant = self.lora_variant.pop(adapter_name, None)
+        for name in variant.containers if variant is not None else ():
+            container = getattr(self, name)
+            if adapter_name in container:
+                del container[adapter_name]
+        self.frozen_peft_weight_names = {
+            name: frozen for name, frozen in self.frozen_peft_weight_names.items() if name != adapter_name
+        }
 
     def _check_config(self, adapter_name: str, r: int, config: LoraConfig) -> None:
         if config.lora_bias and getattr(self.get_base_layer(), "bias", None) is None:
@@ -153,7 +172,7 @@ class LoraLayer(AdditiveLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self.lora_variant.pop(adapter_name, None)
+        self._forget_variant(adapter_name)
 
     # ----------------------------------------------------------------------------------------------------- forward
 
@@ -166,6 +185,20 @@ class LoraLayer(AdditiveLayer):
     def factor_dtype(self, adapter: str) -> torch.dtype:
         """The dtype that an adapter computes in."""
         return self.lora_A[adapter].weight.dtype
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer with the active adapters applied.
+
+        Args:
+            x: the base layer's input.
+            args: the base layer's further arguments.
+            kwargs: the same; `adapter_names` makes it a mixed batch, and `VARIANT_KWARG_KEYS` are for the variants.
+        """
+        given = {key: kwargs.pop(key) for key in VARIANT_KWARG_KEYS if key in kwargs}
+        if not given:
+            return super().forward(x, *args, **kwargs)
+        with self.roster.inputs.given(given):
+            return super().forward(x, *args, **kwargs)
 
     def adapted_forward(self, x: torch.Tensor, plan: tuple, *args: Any, **kwargs: Any) -> torch.Tensor:
         result = self.base_layer(x, *args, **kwargs)
@@ -180,7 +213,8 @@ class LoraLayer(AdditiveLayer):
             if variant is None:
                 result = self._add_term(x, result, adapter)
             else:
-                result = variant.forward(self, active_adapter=adapter, x=x, result=result)
+                inputs = {name: self.call_input(name, len(x)) for name in variant.inputs}
+                result = variant.forward(self, active_adapter=adapter, x=x, result=result, **inputs)
         return result if result.dtype is dtype else result.to(dtype)
 
     def _add_term(self, x: torch.Tensor, result: torch.Tensor, adapter: str) -> torch.Tensor:
@@ -195,10 +229,11 @@ class LoraLayer(AdditiveLayer):
     def mixed_forward(self, x: torch.Tensor, rows: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         result = self.base_layer(x, *args, **kwargs)
         plain = {name: index for name, index in rows.items() if self.lora_variant.get(name) is None}
-        for name in rows.keys() - plain.keys():
-            index = rows[name]
+        for name in [name for name in rows if name not in plain]:
+            index, variant = rows[name], self.lora_variant[name]
             part = self._cast_term_input(x[index], self.factor_dtype(name))
-            adapted = self.lora_variant[name].forward(self, active_adapter=name, x=part, result=result[index])
+            inputs = {key: _rows_of(self.call_input(key, len(x)), index) for key in variant.inputs}
+            adapted = variant.forward(self, active_adapter=name, x=part, result=result[index], **inputs)
             result = result.index_copy(0, index, adapted.to(result.dtype))
         return self._add_plain_terms(x, result, plain)
 
@@ -210,6 +245,10 @@ class LoraLayer(AdditiveLayer):
     # ----------------------------------------------------------------------------------------------------- merging
 
     def delta_weight(self, adapter: str) -> torch.Tensor:
+        variant = self.lora_variant.get(adapter)
+        return self.plain_delta(adapter) if variant is None else variant.delta_weight(self, adapter)
+
+    def plain_delta(self, adapter: str) -> torch.Tensor:
         """s·B·A, canonical; half precision on the CPU is multiplied in float32."""
         A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         return self.scaling[adapter] * _product(B, A)
@@ -244,6 +283,13 @@ class LoraLayer(AdditiveLayer):
 
     def __repr__(self) -> str:
         return f"lora.{super().__repr__()}"
+
+
+def _rows_of(value: Any, index: torch.Tensor) -> Any:
+    """The entries of a per-row input for some rows of the batch."""
+    if value is None:
+        return None
+    return value[index] if torch.is_tensor(value) else [value[row] for row in index.tolist()]
 
 
 def _product(B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
@@ -298,12 +344,6 @@ class Linear(LoraLayer, nn.Module):
         if self.kind is None:
             self.fan_in_fan_out = config.fan_in_fan_out
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
-
-    @property
-    def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant]]:
-        from .variants import LINEAR_VARIANTS
-
-        return LINEAR_VARIANTS
 
     def _make_factors(self, adapter_name: str, r: int, bias: bool) -> None:
         self.lora_A[adapter_name] = bare_linear(self.empty(r, self.in_features))
@@ -401,12 +441,6 @@ class Embedding(LoraLayer, nn.Module):
         LoraLayer.__init__(self, base_layer, **kwargs)
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
-    @property
-    def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant]]:
-        from .variants import EMBEDDING_VARIANTS
-
-        return EMBEDDING_VARIANTS
-
     def _check_config(self, adapter_name: str, r: int, config: LoraConfig) -> None:
         if config.lora_bias:
             raise ValueError(
@@ -428,7 +462,7 @@ class Embedding(LoraLayer, nn.Module):
         """Rows of a table (entries, r), looked up and scaled as the base layer does it."""
         return EMBEDDING.apply(self.get_base_layer(), x, table)
 
-    def delta_weight(self, adapter: str) -> torch.Tensor:
+    def plain_delta(self, adapter: str) -> torch.Tensor:
         return self.scaling[adapter] * _product(self.lora_embedding_B[adapter], self.lora_embedding_A[adapter])
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
@@ -468,12 +502,6 @@ class _ConvNd(LoraLayer, nn.Module):
                 f"{type(self.get_base_layer()).__name__}; use Conv{self._kernel_dim - 2}d."
             )
 
-    @property
-    def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant]]:
-        from .variants import CONV_VARIANTS
-
-        return CONV_VARIANTS[self.kind.name]
-
     def _check_config(self, adapter_name: str, r: int, config: LoraConfig) -> None:
         super()._check_config(adapter_name, r, config)
         groups = self.get_base_layer().groups
@@ -491,7 +519,7 @@ class _ConvNd(LoraLayer, nn.Module):
             B = same_kind_layer(layer, r, layer.out_channels, pointwise=True, bias=bias)
         self.lora_A[adapter_name], self.lora_B[adapter_name] = A, B
 
-    def delta_weight(self, adapter: str) -> torch.Tensor:
+    def plain_delta(self, adapter: str) -> torch.Tensor:
         A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         if self.get_base_layer().groups > 1:
             raise NotImplementedError(

@@ -11,6 +11,7 @@ from ...engine.lifecycle import AdapterHolder
 from ...engine.offload import call_with, fetched
 from ...utils.tensors import bare_linear
 from .layer import LoraLayer
+from .variant import VariantTable
 
 if TYPE_CHECKING:
     from .config import LoraConfig
@@ -66,6 +67,10 @@ class ParamWrapper(LoraLayer, nn.Module):
         )
         self.fan_in_fan_out = False
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    @property
+    def lora_variants(self) -> VariantTable:
+        return {}
 
     def get_param(self) -> nn.Parameter:
         """The parameter that is adapted."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from .config import LoraConfig
@@ -23,7 +25,17 @@ SWITCHES = (
 
 
 class LoraVariant:
-    """What a variant does otherwise than plain LoRA. Stateless: tensors live in the layer, by adapter name."""
+    """What a variant does otherwise than plain LoRA. Stateless: tensors live in the layer, by adapter name.
+
+    The hooks are static, so that what they know of an adapter is what its layer holds.
+    """
+
+    containers: ClassVar[dict[str, Callable[[], nn.Module]]] = {}
+    """Attributes of the layer, keyed by adapter name, that hold tensors of the variant -> how to make them."""
+    frozen_containers: ClassVar[tuple[str, ...]] = ()
+    """Containers of which an adapter of this variant never trains the tensors."""
+    inputs: ClassVar[tuple[str, ...]] = ()
+    """What the forward is given of the call's inputs, by keyword (see `BaseTuner.call_inputs`)."""
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
@@ -47,8 +59,19 @@ class LoraVariant:
             active_adapter: the adapter.
             x: the layer's input in the adapter's dtype.
             result: the output so far, earlier adapters applied.
+            kwargs: the call's `inputs`.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def delta_weight(module: LoraLayer, active_adapter: str) -> torch.Tensor:
+        """What the adapter adds to the base weight, scaled and canonical; s·B·A unless the variant says otherwise.
+
+        Args:
+            module: the layer.
+            active_adapter: the adapter.
+        """
+        return module.plain_delta(active_adapter)
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
@@ -59,21 +82,49 @@ class LoraVariant:
             active_adapter: the adapter.
             orig_weight: the base weight in its own layout, earlier adapters folded in.
         """
-        raise NotImplementedError
+        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
 
-    @classmethod
-    def merge_unsafe(cls, module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> None:
-        """Fold the adapter into the base weight in place."""
-        orig_weight.copy_(cls.merge_safe(module, active_adapter, orig_weight))
+    @staticmethod
+    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> None:
+        """Fold the adapter into the base weight in place; arguments as `merge_safe`."""
+        variant = module.lora_variant[active_adapter]
+        orig_weight.copy_(variant.merge_safe(module, active_adapter, orig_weight))
 
     @staticmethod
     def unmerge(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        """The base weight with the adapter taken out again, as a new tensor."""
-        raise NotImplementedError
+        """The base weight with the adapter taken out again, as a new tensor; arguments as `merge_safe`."""
+        return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
 
     def supports_lora_conversion(self) -> bool:
         """Whether an adapter of this variant can be turned into a plain LoRA adapter."""
         return True
+
+
+VariantTable = dict[tuple[str, ...], type[LoraVariant]]
+_TABLES: dict[str, VariantTable] = {}
+
+
+def register_variant(*switches: str, kinds: Iterable[str]) -> Callable[[type[LoraVariant]], type[LoraVariant]]:
+    """Let a class serve configurations that ask for exactly these variants.
+
+    Args:
+        switches: names as `requested_variants` gives them.
+        kinds: the kinds of layers (`engine.kinds`) that it serves them on.
+    """
+
+    def register(cls: type[LoraVariant]) -> type[LoraVariant]:
+        for kind in kinds:
+            _TABLES.setdefault(kind, {})[tuple(sorted(switches))] = cls
+        return cls
+
+    return register
+
+
+def variants_on(kind: str) -> VariantTable:
+    """Sorted names of requested variants -> the class that serves them on a kind of layer."""
+    from . import variants  # noqa: F401  (its files register themselves; they need what is defined here)
+
+    return _TABLES.get(kind, {})
 
 
 def requested_variants(config: LoraConfig) -> tuple[str, ...]:
@@ -84,9 +135,7 @@ def requested_variants(config: LoraConfig) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def resolve_variant(
-    table: dict[tuple[str, ...], type[LoraVariant]], requested: tuple[str, ...], where: str
-) -> LoraVariant | None:
+def resolve_variant(table: VariantTable, requested: tuple[str, ...], where: str) -> LoraVariant | None:
     """The variant of a table that serves what is requested, None if nothing is.
 
     Raises:
@@ -94,6 +143,13 @@ def resolve_variant(
     """
     if not requested:
         return None
+    for names in table:
+        unknown = sorted({*names} - {*SWITCHES, "mica"})
+        if unknown or list(names) != sorted(names):
+            raise ValueError(
+                f"lora_variants of {where} has the key {names!r}, which must be a sorted tuple of known variants: "
+                f"{', '.join(sorted([*SWITCHES, 'mica']))}."
+            )
     if requested not in table:
         known = sorted("+".join(names) for names in table if names)
         raise ValueError(
