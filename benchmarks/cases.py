@@ -127,6 +127,26 @@ def training_step(model, x) -> Callable[[], None]:
     return run
 
 
+def forward_of(model, x, **arguments) -> Callable[[], None]:
+    import torch
+
+    def run() -> None:
+        with torch.no_grad():
+            model(x, **arguments)
+
+    return run
+
+
+def in_turn(functions: list[Callable[[], None]], repeats: int, warmup: int = 3) -> list[float]:
+    """Median seconds of each function; they take turns, so that a machine that slows down slows all."""
+    times: list[list[float]] = [[] for _ in functions]
+    for round_number in range(repeats + warmup):
+        for position, run in enumerate(functions):
+            with timed(times[position] if round_number >= warmup else []):
+                run()
+    return [statistics.median(sink) for sink in times]
+
+
 def against_the_bare_model(hidden: int, layers: int, rows: int, repeats: int) -> dict[str, float]:
     """Seconds beyond the bare model, of a training step (gradient of the input alone, for the bare one) and a forward."""
     import torch
@@ -135,28 +155,91 @@ def against_the_bare_model(hidden: int, layers: int, rows: int, repeats: int) ->
 
     x = torch.randn(rows, hidden)
     bare, wrapped = stack(layers, hidden).requires_grad_(False), get_peft_model(stack(layers, hidden), config())
-    steps = [training_step(bare, x.clone().requires_grad_(True)), training_step(wrapped, x)]
-
-    def forward_of(model) -> Callable[[], None]:
-        def run() -> None:
-            with torch.no_grad():
-                model(x)
-
-        return run
-
-    forwards = [forward_of(bare), forward_of(wrapped)]
+    pairs = {
+        "training step": [training_step(bare, x.clone().requires_grad_(True)), training_step(wrapped, x)],
+        "forward": [forward_of(bare, x), forward_of(wrapped, x)],
+    }
     results = {}
-    for name, pair in (("training step", steps), ("forward", forwards)):
-        times: list[list[float]] = [[], []]
-        for round_number in range(repeats + 3):
-            for side, run in enumerate(pair):  # in turn, so that a machine that slows down slows both
-                sink = times[side] if round_number >= 3 else []
-                with timed(sink):
-                    run()
-        without, with_adapter = map(statistics.median, times)
+    for name, pair in pairs.items():
+        without, with_adapter = in_turn(pair, repeats)
         results[f"{name}, hidden {hidden}: bare model"] = without
         results[f"{name}, hidden {hidden}: overhead"] = with_adapter - without
     return results
+
+
+def dora_against_lora(hidden: int, layers: int, rows: int, repeats: int) -> dict[str, float]:
+    """Seconds that DoRA takes beyond LoRA, of a training step and a forward."""
+    import torch
+
+    from peft import get_peft_model
+
+    x = torch.randn(rows, hidden)
+    lora, dora = (get_peft_model(stack(layers, hidden), config(use_dora=flag)) for flag in (False, True))
+    step = in_turn([training_step(lora, x), training_step(dora, x)], repeats)
+    forward = in_turn([forward_of(lora, x), forward_of(dora, x)], repeats)
+    return {
+        f"DoRA beyond LoRA, training step, hidden {hidden}": step[1] - step[0],
+        f"DoRA beyond LoRA, forward, hidden {hidden}": forward[1] - forward[0],
+    }
+
+
+@case
+def dora_at_64() -> dict[str, float]:
+    return dora_against_lora(hidden=64, layers=16, rows=16, repeats=60)
+
+
+@case
+def dora_at_1024() -> dict[str, float]:
+    return dora_against_lora(hidden=1024, layers=6, rows=256, repeats=15)
+
+
+@case
+def mixing() -> dict[str, float]:
+    """A batch of 8 sequences in which each has an adapter of its own, and the same batch with one adapter."""
+    import torch
+
+    from peft import get_peft_model
+
+    results = {}
+    for hidden, layers, tokens, repeats in ((64, 16, 16, 40), (768, 8, 64, 15)):
+        model = get_peft_model(stack(layers, hidden), config(init_lora_weights=False), adapter_name="a0")
+        for number in range(1, 8):
+            model.add_adapter(f"a{number}", config(init_lora_weights=False))
+        model.eval()
+        x = torch.randn(8, tokens, hidden)
+        names = [f"a{number}" for number in range(8)]
+        one, mixed = in_turn([forward_of(model, x), forward_of(model, x, adapter_names=names)], repeats)
+        results[f"batch of 8 with one adapter, hidden {hidden}"] = one
+        results[f"batch of 8 with 8 adapters, hidden {hidden}"] = mixed
+    return results
+
+
+@case
+def merging() -> dict[str, float]:
+    from peft import get_peft_model
+
+    results = {}
+    for layers, hidden in ((256, 64), (16, 1024)):
+        model = get_peft_model(stack(layers, hidden), config(init_lora_weights=False))
+        merge: list[float] = []
+        unmerge: list[float] = []
+        for round_number in range(6):
+            with timed(merge if round_number else []):
+                model.merge_adapter()
+            with timed(unmerge if round_number else []):
+                model.unmerge_adapter()
+        results[f"merge_adapter, {layers} layers of {hidden}"] = statistics.median(merge)
+        results[f"unmerge_adapter, {layers} layers of {hidden}"] = statistics.median(unmerge)
+    return results
+
+
+@case
+def saving() -> dict[str, float]:
+    from peft import get_peft_model
+
+    model = get_peft_model(stack(1000, 64), config())
+    with tempfile.TemporaryDirectory() as folder:
+        return {"save_pretrained, 1000 layers": median_of(lambda: model.save_pretrained(folder), 5)}
 
 
 @case
