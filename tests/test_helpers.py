@@ -213,7 +213,7 @@ class MontecloraTrainer(MontecloraTrainerMixin, Trainer):
 
 
 def test_monteclora_adds_the_mean_variational_loss(monkeypatch):
-    monkeypatch.setattr(LoraModel, "variational_loss", lambda self: self.extra, raising=False)
+    monkeypatch.setattr(LoraModel, "_get_monteclora_loss", lambda self: self.extra)
     first, second = adapted(), adapted()
     first.base_model.extra, second.base_model.extra = torch.tensor(1.0), torch.tensor(4.0)
     model, trainer = nn.Sequential(first, second), MontecloraTrainer()

@@ -146,7 +146,7 @@ class AdapterFiles:
         """
         if config is None:
             peft_type = PeftConfig._get_peft_type(self.source, **self.hub)
-            return PEFT_TYPE_TO_CONFIG_MAPPING[peft_type].from_pretrained(self.source, **self.hub)
+            return PEFT_TYPE_TO_CONFIG_MAPPING[peft_type].from_pretrained(self.source, **self.hub, **self.rest)
         if not isinstance(config, PeftConfig):
             raise ValueError(f"config must be a PeftConfig, got {type(config).__name__}.")
         return config

@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub import hf_hub_download
 from transformers.utils.hub import PushToHubMixin, http_user_agent
@@ -39,6 +39,9 @@ class PeftConfigMixin(PushToHubMixin):
         auto_mapping: class and module of a base model that no `AutoModel` class knows.
         peft_version: the version of this library that made the configuration; filled in when absent.
     """
+
+    module_patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
+    """Fields, where the method has them, that map patterns of module names to values."""
 
     task_type: TaskType | None = field(default=None, metadata={"help": "What the model is for"})
     peft_type: PeftType | None = field(default=None, metadata={"help": "The method"})
@@ -118,9 +121,20 @@ class PeftConfigMixin(PushToHubMixin):
         stored = cls.from_json_file(path)
         _check_types(cls, stored, path)
         try:
-            return cls.from_peft_type(**cls.check_kwargs(**{**defaults, **stored}))
+            config = cls.from_peft_type(**cls.check_kwargs(**{**defaults, **stored}))
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigFileError(f"{path}: {_message(error)}") from error
+        config.note_source(pretrained_model_name_or_path, subfolder, kwargs)
+        return config
+
+    def note_source(self, source: str | os.PathLike, subfolder: str | None, options: dict[str, Any]) -> None:
+        """Called when the configuration was read, for methods whose files refer to others.
+
+        Args:
+            source: folder or repository.
+            subfolder: where in there the file is.
+            options: the keyword arguments that `from_pretrained` was given.
+        """
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike, **kwargs: Any) -> dict[str, Any]:

@@ -319,7 +319,7 @@ class Injection:
             missed = without_hits(self.matcher.targets, [*self.unmatched, *self.matched])
             if missed:
                 warnings.warn(f"These entries of target_modules match no module: {'; '.join(missed)}.")
-        for attribute in ("rank_pattern", "alpha_pattern"):
+        for attribute in self.config.module_patterns:
             self._warn_about_patterns(attribute)
 
     def _warn_about_patterns(self, attribute: str) -> None:

@@ -45,6 +45,23 @@ class Kind:
         """What the layer would give with this weight (own layout) and no bias."""
         raise NotImplementedError
 
+    def apply_product(self, layer: nn.Module, x: torch.Tensor, B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        """What the layer would give with the weight B·A and no bias, by one factor after the other.
+
+        Args:
+            layer: the layer.
+            x: its input.
+            B: (out, r).
+            A: (r, in, *window), canonical.
+        """
+        if (
+            getattr(layer, "groups", 1) > 1
+        ):  # the rows of B see other channels of A's input, so there is no product of maps
+            return self.apply(layer, x, self.flip(torch.tensordot(B, A, 1)))
+        axis = 1 - A.dim()
+        hidden = self.apply(layer, x, self.flip(A))
+        return F.linear(hidden.movedim(axis, -1), B).movedim(-1, axis)
+
     def call_with(self, layer: nn.Module, tensors: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward with some of its tensors replaced; right for every subclass with a forward of its own."""
         return call_with(layer, tensors, args, kwargs)

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from .kinds import Kind, kind_of, kinds
-from .lifecycle import MixedBatch, modules_of
+from .lifecycle import MixedBatch, RowGroups, modules_of
 from .protocol import BaseTunerLayer, check_adapters_to_merge
+from .scaling import Scaling
 
 BASE_ROW = "__base__"
 """In a mixed batch, the name of a row that uses no adapter."""
@@ -76,8 +77,8 @@ class AdapterLayer(BaseTunerLayer):
         except AttributeError:
             if name not in type(self).adapter_layer_names or "_modules" not in self.__dict__:
                 raise
-            setattr(self, name, self._new_container(name))
-            return self._modules[name]
+            self._modules[name] = container = self._new_container(name)
+            return container
 
     def extra_repr(self) -> str:
         backend = self.quantization_backend
@@ -95,10 +96,13 @@ class AdapterLayer(BaseTunerLayer):
                 container = self._modules.get(attribute)
                 if isinstance(container, nn.ModuleDict) and adapter_name in container:
                     container[adapter_name].train(False)
+        self.__dict__["_held"] = None
         if inference_mode:
             self._inference |= {adapter_name}
         if self._roster is not None:
             self._roster.join(adapter_name, self._label, self.exclusive)
+            self.refresh([adapter_name])
+        elif adapter_name not in self.active_adapters:  # otherwise parameters are as they are made: they train
             self.refresh([adapter_name])
 
     # ---------------------------------------------------------------------------------------------------------- forward
@@ -169,17 +173,10 @@ class AdapterLayer(BaseTunerLayer):
         if names is None or self._disable_adapters:
             return self.base_layer(x, *args, **kwargs) if self._disable_adapters else self.forward(x, *args, **kwargs)
         self._check_forward_args(x, adapter_names=names)
-        return self.mixed_forward(x, self._rows_by_adapter(names, x.device), *args, **kwargs)
+        batch = self.roster.batch or MixedBatch(names)
+        return self.mixed_forward(x, batch.groups(names, self.held, x.device), *args, **kwargs)
 
-    def _rows_by_adapter(self, names: list[str], device: torch.device) -> dict[str, torch.Tensor]:
-        rows: dict[str, list[int]] = {}
-        held = self._get_available_adapters()
-        for row, name in enumerate(names):
-            if name in held:
-                rows.setdefault(name, []).append(row)
-        return {name: torch.tensor(index, device=device) for name, index in rows.items()}
-
-    def mixed_forward(self, x: torch.Tensor, rows: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def mixed_forward(self, x: torch.Tensor, rows: RowGroups, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The output of a batch in which each group of rows uses one adapter; the other rows use none."""
         result = self.base_layer(x, *args, **kwargs)
         for name, index in rows.items():
@@ -201,7 +198,7 @@ class AdapterLayer(BaseTunerLayer):
             adapter: a name this layer holds.
 
         Returns:
-            The tensors that change, same shapes.
+            The tensors that change, same shapes; new ones, which the base layer is going to keep.
         """
         raise NotImplementedError(
             f"{type(self).__name__} acts on activations and has no merged weight. Keep the adapter, or unload() it."
@@ -275,15 +272,20 @@ class AdapterLayer(BaseTunerLayer):
         kept = {key: _tensor_at(layer, key) for key in self.base_tensors()}
         for key in self._shared & kept.keys():
             setattr(layer, key, nn.Parameter(kept[key].detach().clone(), kept[key].requires_grad))
-        return {key: old if key in self._shared else old.detach().clone() for key, old in kept.items()}
+        # The tensors themselves: what is merged takes their place and leaves them as they are.
+        return {key: old if key in self._shared else old.data for key, old in kept.items()}
 
     def _restore(self) -> None:
         layer = self.get_base_layer()
         for key, old in self._stash.items():
             if key in self._shared:
                 setattr(layer, key, old)
-            else:
-                _tensor_at(layer, key).data.copy_(old)
+                continue
+            current = _tensor_at(layer, key)
+            if current.dtype is old.dtype and current.device == old.device:
+                current.data = old
+            else:  # the model was moved while merged
+                current.data.copy_(old)
 
     def _write(self, tensors: dict[str, torch.Tensor]) -> None:
         layer = self.get_base_layer()
@@ -291,7 +293,9 @@ class AdapterLayer(BaseTunerLayer):
             if key.endswith("weight") and self.quantization_backend is not None:
                 self.quantization_backend.set_base_weight(self, value)
             else:
-                _tensor_at(layer, key).data.copy_(value)
+                current = _tensor_at(layer, key)
+                same_layout = value.stride() == current.stride() and value.device == current.device
+                current.data = value if same_layout else torch.empty_like(current.data).copy_(value)
 
     def unmerge(self) -> None:
         """Bring back the base weight as it was before the first merge, bit for bit."""
@@ -325,7 +329,9 @@ def note_shared_weights(model: nn.Module, layers: Iterable[Any]) -> None:
     for layer in layers:
         if isinstance(layer, AdapterLayer) and not layer.shares_merged_weight:
             own = layer.get_base_layer()._parameters
-            layer._shared = frozenset(key for key, value in own.items() if value is not None and users[id(value)] > 1)
+            layer.__dict__["_shared"] = frozenset(
+                key for key, value in own.items() if value is not None and users[id(value)] > 1
+            )
 
 
 def _tensor_at(layer: nn.Module, name: str) -> torch.Tensor:
@@ -369,7 +375,7 @@ class AdditiveLayer(AdapterLayer):
             result = result if term is None else result + term
         return result.to(dtype)
 
-    def mixed_forward(self, x: torch.Tensor, rows: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def mixed_forward(self, x: torch.Tensor, rows: RowGroups, *args: Any, **kwargs: Any) -> torch.Tensor:
         result = self.base_layer(x, *args, **kwargs)
         for name, index in rows.items():
             term = self.term(x[index], name)
@@ -379,11 +385,38 @@ class AdditiveLayer(AdapterLayer):
 
     def fold(self, tensors: dict[str, torch.Tensor], adapter: str) -> dict[str, torch.Tensor]:
         name = self.kind.weight_name
-        return {name: tensors[name] + self.get_delta_weight(adapter)}
+        return {name: self.with_delta(tensors[name], adapter)}
+
+    def with_delta(self, weight: torch.Tensor, adapter: str) -> torch.Tensor:
+        """W + ΔW of one adapter, in the base weight's own layout."""
+        return weight + self.get_delta_weight(adapter)
+
+    # Conversion to LoRA.
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter can be turned into a LoRA adapter: where a LoRA layer can represent any ΔW."""
+        return self.kind is not None and getattr(self.get_base_layer(), "groups", 1) == 1
+
+    def effective_delta(self, adapter: str) -> torch.Tensor:
+        """All that an adapter alone changes about the base weight, canonical: ΔW unless merging does more than add it."""
+        return self.delta_weight(adapter)
+
+    def exact_factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A (r, in, *kernel) and B (out, r) with B·A = ΔW, where the method has them; otherwise ΔW is decomposed."""
+        return None
 
     # Scaling. A method that has `alpha` and a rank says what its scaling starts as.
 
-    scaling: dict[str, float]
+    _scaling: Scaling
+
+    @property
+    def scaling(self) -> Scaling:
+        return self._scaling
+
+    @scaling.setter
+    def scaling(self, values: dict[str, float]) -> None:
+        before = self.__dict__.get("_scaling")
+        self.__dict__["_scaling"] = Scaling(values, tensors=None if before is None else before.tensors)
 
     def _drop(self, adapter_name: str) -> None:
         super()._drop(adapter_name)

@@ -21,11 +21,59 @@ from torch import nn
 from ..utils.naming import near_misses
 
 
+class RowGroups(dict):
+    """The rows of a mixed batch by adapter: name -> their indices, as a tensor.
+
+    Args:
+        adapter_names: the adapter of each row.
+        held: the adapters that the layer at hand has; rows of others are left out.
+        device: where the indices are to be.
+    """
+
+    def __init__(self, adapter_names: list[str], held: Iterable[str], device: torch.device) -> None:
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(adapter_names):
+            if name in held:
+                rows.setdefault(name, []).append(row)
+        super().__init__((name, torch.tensor(index, device=device)) for name, index in rows.items())
+        self.complete = sum(map(len, rows.values())) == len(adapter_names)
+        """Whether every row has an adapter here."""
+        self.names = list(adapter_names) if self.complete else [name for name in rows for _ in rows[name]]
+        """The adapter of each row; if not complete, of each index in `flat`."""
+
+    def without(self, adapters: Iterable[str]) -> RowGroups:
+        """The groups but those of some adapters."""
+        groups = RowGroups((), (), torch.device("cpu"))
+        groups.update((name, index) for name, index in self.items() if name not in adapters)
+        groups.complete = False
+        groups.names = [name for name, index in groups.items() for _ in range(len(index))]
+        return groups
+
+    @property
+    def flat(self) -> torch.Tensor:
+        """All indices, one adapter after the other."""
+        return torch.cat(list(self.values()))
+
+
 @dataclass
 class MixedBatch:
     """Which adapter each row of the current batch uses; rows repeat per beam during generation."""
 
     adapter_names: list[str]
+    _groups: dict[tuple, RowGroups] = field(default_factory=dict, repr=False)
+
+    def groups(self, adapter_names: list[str], held: frozenset[str], device: torch.device) -> RowGroups:
+        """The rows by adapter, found once for all layers with the same adapters.
+
+        Args:
+            adapter_names: the adapter of each row that the layer sees.
+            held: the adapters of the layer.
+            device: where its input is.
+        """
+        key = (len(adapter_names), held, device)
+        if key not in self._groups:
+            self._groups[key] = RowGroups(adapter_names, held, device)
+        return self._groups[key]
 
 
 @dataclass
@@ -193,6 +241,9 @@ def entries_of(container: nn.Module, name: str, adapter: str) -> Iterator[Entry]
 
 def _existing(module: Any, name: str) -> Any:
     """The attribute of that dotted name, None if there is none (yet)."""
+    found = module._modules.get(name)
+    if found is not None:
+        return found
     for part in name.split("."):
         if module is None:
             return None
@@ -250,6 +301,7 @@ class AdapterHolder:
     _roster: Roster | None = None
     _label: str = ""
     _plan: tuple | None = None
+    _held: frozenset[str] | None = None
 
     # ------------------------------------------------------------------------------------------ what the module holds
 
@@ -326,7 +378,8 @@ class AdapterHolder:
     @property
     def r(self) -> dict[str, int | None]:
         """Rank by adapter name; clients count its entries to find a free name."""
-        return self.__dict__.get("_ranks", dict.fromkeys(sorted(self.roster.holders)))
+        ranks = self.__dict__.get("_ranks")
+        return dict.fromkeys(sorted(self.roster.holders)) if ranks is None else ranks
 
     @r.setter
     def r(self, ranks: dict[str, int]) -> None:
@@ -357,6 +410,7 @@ class AdapterHolder:
             set_trains(parameter, flag)
         for parameter in self.bias_parameters():
             set_trains(parameter, any(self.trains(adapter, "bias") for adapter in self._trains_bias_of))
+        self.__dict__["_held"] = None
         self.__dict__["_plan"] = self._make_plan()
 
     def bias_parameters(self) -> Iterator[nn.Parameter]:
@@ -369,8 +423,15 @@ class AdapterHolder:
         """What the forward goes through: the active adapters that this module holds, none while disabled or merged."""
         if self._disable_adapters or self.merged_adapters:
             return ()
-        held = self._get_available_adapters()
+        held = self.held
         return tuple(name for name in self.active_adapters if name in held)
+
+    @property
+    def held(self) -> frozenset[str]:
+        """The adapters of which this module has weights."""
+        if self._held is None:
+            self.__dict__["_held"] = frozenset(self._get_available_adapters())
+        return self._held
 
     @property
     def plan(self) -> tuple:
@@ -490,6 +551,7 @@ class AdapterHolder:
         self.roster.leave(adapter_name, self._label)
         self._inference -= {adapter_name}
         self._trains_bias_of -= {adapter_name}
+        self.frozen_peft_weight_names = {k: v for k, v in self.frozen_peft_weight_names.items() if k != adapter_name}
         if was_active:
             self._active_adapter = active
         self.refresh()

@@ -51,6 +51,26 @@ def base_model_of(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def file_name(model: nn.Module, name: str, adapter_name: str) -> str:
+    """The name by which an adapter's file knows a module.
+
+    It has neither the layers of other adapters' methods around the module nor what stands between two tuners.
+
+    Args:
+        model: a `PeftModel`, or a model with injected adapters.
+        name: the module's dotted name in it.
+        adapter_name: the adapter.
+    """
+    module: Any = model
+    parts = []
+    for part in name.split("."):
+        foreign = isinstance(module, BaseTunerLayer) and adapter_name not in module._get_available_adapters()
+        if not (foreign and part == "base_layer") and part != getattr(type(module), "inner_tuner_name", None):
+            parts.append(part)
+        module = module._modules.get(part)
+    return ".".join(parts)
+
+
 class AdapterState:
     """The tensors of one adapter in one model.
 
@@ -84,20 +104,9 @@ class AdapterState:
             yield from self._prefixed("base_model", tuner, tuner.shared_state_entries(self.adapter_name))
 
     def _prefixed(self, name: str, holder: Any, entries: Iterator[Entry]) -> Iterator[Slot]:
-        live, saved = (f"{path}." if path else "" for path in (name, self._file_name(name)))
+        live, saved = (f"{path}." if path else "" for path in (name, file_name(self.model, name, self.adapter_name)))
         for entry in entries:
             yield Slot(live + entry.live, saved + entry.saved, entry, holder)
-
-    def _file_name(self, name: str) -> str:
-        """A holder's name without the layers of other adapters' methods around it, which a file knows nothing of."""
-        module: Any = self.model
-        parts = []
-        for part in name.split("."):
-            foreign = isinstance(module, BaseTunerLayer) and self.adapter_name not in module._get_available_adapters()
-            if not (foreign and part == "base_layer"):
-                parts.append(part)
-            module = module._modules.get(part)
-        return ".".join(parts)
 
     # --------------------------------------------------------------------------------------------------------- reading
 

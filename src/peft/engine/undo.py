@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
+
+_running: ContextVar[Undo | None] = ContextVar("running", default=None)
 
 
 class Undo:
@@ -12,18 +15,40 @@ class Undo:
 
     def __init__(self) -> None:
         self._steps: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+        self._last: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
 
     def push(self, step: Callable[..., Any], *args: Any) -> None:
         """Call `step(*args)` if the block fails."""
         self._steps.append((step, args))
 
     def __enter__(self) -> Undo:
+        self._around = _running.get()
+        _running.set(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        _running.set(self._around)
+        last, self._last = self._last, []
         if kind is not None:
             for step, args in reversed(self._steps):
                 step(*args)
+        elif self._around is not None:
+            self._around._last += last
+        else:
+            for step, args in last:
+                step(*args)
         self._steps.clear()
+
+
+def when_done(step: Callable[..., Any], *args: Any) -> None:
+    """Call `step(*args)` when nothing can fail any more: at the end of the outermost block, if all of it succeeds.
+
+    For what can be put off and is dear to take back; without a block that is running, it is done at once.
+    """
+    block = _running.get()
+    if block is None:
+        step(*args)
+    else:
+        block._last.append((step, args))

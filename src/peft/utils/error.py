@@ -26,5 +26,9 @@ class SaveLocationError(PeftError, ValueError, AssertionError):
     """A folder was asked for and something else is there."""
 
 
+class TooFewExpertsError(PeftError, ValueError, RuntimeError):
+    """A router is to give each token to more experts than there are."""
+
+
 class UnsupportedTableError(PeftError, ValueError, AttributeError):
     """Rows of tokens are to be trained in a module that has no table of tokens."""

@@ -33,6 +33,48 @@ def bare_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Li
     return linear
 
 
+def is_bare(linear: nn.Module) -> bool:
+    """Whether calling a linear layer is nothing but its product: no bias, no hook, no wrapper of a sharding library."""
+    return (
+        type(linear) is nn.Linear
+        and linear._parameters["bias"] is None
+        and not linear._forward_hooks
+        and not linear._forward_pre_hooks
+        and not linear._backward_hooks
+        and not linear._backward_pre_hooks
+    )
+
+
+def add_product(result: torch.Tensor, hidden: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
+    """result + s·hidden·Bᵀ in one kernel.
+
+    Args:
+        result: (..., out).
+        hidden: (..., r).
+        B: (out, r).
+        scaling: s; a tensor's value stays a value in compiled code, where a float becomes a constant.
+    """
+    if torch.is_tensor(scaling):
+        hidden, scaling = hidden * scaling, 1.0
+    if result.dim() == 2:
+        return torch.addmm(result, hidden, B.T, alpha=scaling)
+    return torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), B.T, alpha=scaling).view(result.shape)
+
+
+def product(B: torch.Tensor, A: torch.Tensor, gains: torch.Tensor | None = None) -> torch.Tensor:
+    """B·diag(gains)·A; in float32 for half precision on a CPU, which is faster and rounds once.
+
+    Args:
+        B: (out, r).
+        A: (r, in).
+        gains: (r,); ones by default.
+    """
+    dtype = A.dtype
+    if A.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+        B, A = B.float(), A.float()
+    return ((B if gains is None else B * gains.to(B.dtype)) @ A).to(dtype)
+
+
 def id_tensor_storage(tensor: torch.Tensor) -> tuple[torch.device, int, int]:
     """What identifies the storage of a tensor: device, address, size in bytes."""
     storage = tensor.untyped_storage()

@@ -105,9 +105,6 @@ class FourierFTLayer(AdditiveLayer):
     def _weight_shape(self) -> tuple[int, ...]:
         return self.kind.shape(self.get_base_layer())
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
-
     def __repr__(self) -> str:
         return f"fourierft.{super().__repr__()}"
 
@@ -159,10 +156,6 @@ class FourierFTLinear(_Layer):
     def fold(self, tensors: dict[str, torch.Tensor], adapter: str) -> dict[str, torch.Tensor]:
         name = self.kind.weight_name
         return {name: tensors[name] + transpose(self.get_delta_weight(adapter), self.fan_in_fan_out)}
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the adapter can be turned into a LoRA adapter; not over `Conv1D`, whose ΔW is not in its layout."""
-        return not self.fan_in_fan_out
 
 
 class FourierFTEmbedding(_Layer):

@@ -12,16 +12,16 @@ from torch import nn
 
 from ...engine.auxiliary import ModulesToSaveWrapper
 from ...engine.layer import BaseTunerLayer
-from ...engine.lifecycle import AdapterHolder
 from ...engine.tuner import BaseTuner
 from ...engine.undo import Undo
+from ...engine.weighted import check_sources, take_over, union_of
 from ...import_utils import is_bnb_4bit_available, is_bnb_available
 from ...utils.constants import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
 )
 from ...utils.modules import _freeze_adapter, _get_submodules
-from ...utils.naming import check_adapter_name, did_you_mean
+from ...utils.naming import check_adapter_name
 from .config import IA3Config
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, IA3Layer, Linear
 
@@ -100,7 +100,7 @@ class IA3Model(BaseTuner):
         if adapter_name in self.peft_config:
             return
         check_adapter_name(adapter_name)
-        self._check_sources(adapters, weights)
+        check_sources(self, adapters, weights)
         config = self._combined_config(adapters)
         self._check_sides(adapters, config)
         with Undo() as undo:
@@ -111,25 +111,7 @@ class IA3Model(BaseTuner):
             if isinstance(holder, IA3Layer):
                 _add_up(holder, adapters, weights, adapter_name)
             else:
-                _take_over(holder, adapters, adapter_name)
-
-    def _check_sources(self, adapters: list[str], weights: list[float]) -> None:
-        known = sorted(self.peft_config)
-        for name in adapters:
-            if name not in known:
-                raise ValueError(f"There is no adapter {name!r}; known are {known}.{did_you_mean(name, known)}")
-        if not adapters or len(weights) != len(adapters):
-            raise ValueError(
-                f"Each adapter needs one weight: got {len(adapters)} adapters {list(adapters)} and {len(weights)} "
-                "weights."
-            )
-        for label, holder in self.holders:
-            rivals = [name for name in dict.fromkeys(adapters) if name in holder._get_available_adapters()]
-            if holder.exclusive and len(rivals) > 1:
-                raise ValueError(
-                    f"The adapters {rivals} each have their own copy of the module {label!r}, which cannot be added "
-                    "up. Combine adapters of which at most one has it in modules_to_save."
-                )
+                take_over(holder, adapters, adapter_name)
 
     def _combined_config(self, adapters: list[str]) -> IA3Config:
         configs = [self.peft_config[name] for name in adapters]
@@ -137,8 +119,8 @@ class IA3Model(BaseTuner):
         excludes = [config.exclude_modules for config in configs]
         return replace(
             configs[0],
-            target_modules=_union([config.target_modules for config in configs], "target_modules"),
-            feedforward_modules=_union([config.feedforward_modules for config in configs], "feedforward_modules"),
+            target_modules=union_of([config.target_modules for config in configs], "target_modules"),
+            feedforward_modules=union_of([config.feedforward_modules for config in configs], "feedforward_modules"),
             # What is excluded for one adapter may be a target of another; where nobody has a vector, ones stay.
             exclude_modules=excludes[0] if all(entry == excludes[0] for entry in excludes) else None,
             modules_to_save=list(dict.fromkeys(saved)) or None,
@@ -158,23 +140,6 @@ class IA3Model(BaseTuner):
                 )
 
 
-def _union(values: list[Any], field_name: str) -> str | set[str]:
-    """What any of several values of one field selects.
-
-    Raises:
-        ValueError: some are regular expressions and some are collections.
-    """
-    if all(isinstance(value, str) for value in values):
-        patterns = list(dict.fromkeys(values))
-        return patterns[0] if len(patterns) == 1 else "|".join(f"({pattern})" for pattern in patterns)
-    if any(isinstance(value, str) for value in values):
-        raise ValueError(
-            f"{field_name} of the adapters are partly regular expressions and partly lists, which have no common "
-            f"form: {values}."
-        )
-    return set().union(*values)
-
-
 @torch.no_grad()
 def _add_up(layer: IA3Layer, adapters: list[str], weights: list[float], adapter_name: str) -> None:
     held = [(layer.ia3_l[name], weight) for name, weight in zip(adapters, weights) if name in layer.ia3_l]
@@ -183,17 +148,6 @@ def _add_up(layer: IA3Layer, adapters: list[str], weights: list[float], adapter_
         layer.ia3_l[adapter_name].data = (
             sum(vector * weight for vector, weight in held) if held else torch.ones_like(layer.ia3_l[adapter_name])
         )
-
-
-@torch.no_grad()
-def _take_over(holder: AdapterHolder, adapters: list[str], adapter_name: str) -> None:
-    """Give a wrapper's new adapter the values of the one that it has among others."""
-    source = next((name for name in adapters if name in holder._get_available_adapters()), None)
-    if source is None:
-        return
-    values = {entry.saved: entry.tensor for entry in holder.state_entries(source)}
-    for entry in holder.state_entries(adapter_name):
-        entry.tensor.copy_(values[entry.saved])
 
 
 __all__ = [

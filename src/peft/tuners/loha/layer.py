@@ -113,9 +113,8 @@ class LoHaLayer(LycorisLayer, nn.Module):
         if not self._rank_is_small(self.r[adapter] ** 2):
             return super().activations(x, adapter)
         p, q = hadamard_factors(*self.factors(adapter))
-        layer, axis = self.get_base_layer(), self._feature_axis
-        hidden = self.kind.apply(layer, self._cast_term_input(x, q.dtype), self.kind.flip(q))
-        return F.linear(hidden.movedim(axis, -1), p * self.scaling[adapter]).movedim(-1, axis)
+        x = self._cast_term_input(x, q.dtype)
+        return self.kind.apply_product(self.get_base_layer(), x, p * self.scaling[adapter], q)
 
     def _rank_is_small(self, rank: int) -> bool:
         """Whether two factors of that rank take less work than ΔW; with groups ΔW is no plain product of them."""
@@ -154,10 +153,6 @@ class _Layer(LoHaLayer):
 
 class Linear(_Layer):
     """LoHa on `nn.Linear` and transformers' `Conv1D`."""
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True: ΔW is a matrix."""
-        return True
 
 
 class Embedding(_Layer):

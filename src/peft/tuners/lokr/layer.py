@@ -193,10 +193,6 @@ class _Layer(LoKrLayer):
 class Linear(_Layer):
     """LoKr on `nn.Linear` and transformers' `Conv1D`."""
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True: ΔW is a matrix."""
-        return True
-
 
 class Embedding(_Layer):
     """LoKr on `nn.Embedding`: out is the width, in the number of entries."""

@@ -1,6 +1,7 @@
 """LoRA: low-rank adaptation (arXiv 2106.09685)."""
 
 from ...utils.peft_types import register_peft_method
+from .arrow import create_arrow_model
 from .config import (
     ArrowConfig,
     BdLoraConfig,
@@ -13,6 +14,7 @@ from .config import (
     MontecloraConfig,
     VeloraConfig,
 )
+from .conversion import convert_to_lora, save_as_lora
 from .layer import Conv2d, Conv3d, Embedding, Linear, LoraLayer, ParamWrapper
 from .model import LoraModel
 
@@ -34,6 +36,9 @@ __all__ = [
     "MontecloraConfig",
     "ParamWrapper",
     "VeloraConfig",
+    "convert_to_lora",
+    "create_arrow_model",
+    "save_as_lora",
 ]
 
 register_peft_method(name="lora", config_cls=LoraConfig, model_cls=LoraModel, is_mixed_compatible=True)

@@ -10,6 +10,12 @@ from ...config import PeftConfig
 from ...utils.peft_types import PeftType
 
 
+def _check_positive(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name} of {type(config).__name__} must be positive, got {getattr(config, name)}.")
+
+
 @dataclass
 class LoraRuntimeConfig:
     """Settings of the running process, which are not saved.
@@ -42,7 +48,12 @@ class ArrowConfig:
         top_k: experts per token.
         router_temperature: divides the routing scores.
         use_gks: subtract the general-knowledge adapters first (GenKnowSub).
-        rng_seed: seed of the right singular vectors' start.
+        task_adapter_names: the experts; set by `create_arrow_model`, and saved.
+        gks_adapter_names: the general-knowledge adapters; set by `create_arrow_model`, and saved.
+        rng_seed: seed of the power iteration that finds the experts' prototypes.
+
+    Raises:
+        ValueError: a number that is not positive.
     """
 
     top_k: int = 3
@@ -53,10 +64,7 @@ class ArrowConfig:
     rng_seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.top_k <= 0:
-            raise ValueError(f"top_k must be positive, got {self.top_k}.")
-        if self.router_temperature <= 0:
-            raise ValueError(f"router_temperature must be positive, got {self.router_temperature}.")
+        _check_positive(self, "top_k", "router_temperature")
 
 
 @dataclass
@@ -168,9 +176,13 @@ class VeloraConfig:
     """Compressed activations for the backward pass (arXiv 2405.17991).
 
     Args:
-        num_groups: groups that an activation is split into.
+        num_groups: sub-tokens that a token is split into; of each, one number is kept.
         scale: factor of the reconstruction.
-        init_type: where the projection starts.
+        init_type: where the direction comes from that sub-tokens are projected on: the average sub-token of each step
+            ("batch_average"), that of the first step ("batch_average_once") or a random one ("random").
+
+    Raises:
+        ValueError: a number that is not positive, or an unknown `init_type`.
     """
 
     num_groups: int = 64
@@ -178,6 +190,7 @@ class VeloraConfig:
     init_type: Literal["batch_average", "batch_average_once", "random"] = "batch_average"
 
     def __post_init__(self) -> None:
+        _check_positive(self, "num_groups", "scale")
         known = ("batch_average", "batch_average_once", "random")
         if self.init_type not in known:
             raise ValueError(f"init_type must be one of {known}, got {self.init_type!r}.")
@@ -188,12 +201,16 @@ class MontecloraConfig:
     """Monte-Carlo samples of the factor A (arXiv 2411.04358).
 
     Args:
-        num_samples: samples per forward.
-        use_entropy: add the entropy of the mixture weights to the loss.
-        dirichlet_prior: prior of the mixture weights.
+        num_samples: samples of A that a training step mixes.
+        use_entropy: add to the loss the sum of the squared mixture weights, which is least when they are equal.
+        dirichlet_prior: parameter of the symmetric Dirichlet prior of the mixture weights.
         sample_scaler: scale of the noise.
-        kl_loss_weight: weight of the variational loss.
-        buffer_size: samples drawn ahead.
+        kl_loss_weight: weight of the divergences from the priors in the loss.
+        buffer_size: of no effect on training. What is drawn ahead takes `buffer_size` times the memory of the noise, and
+            gradient checkpointing cannot draw it again; each step draws its own.
+
+    Raises:
+        ValueError: a number that must be positive is not.
     """
 
     num_samples: int = 8
@@ -204,10 +221,7 @@ class MontecloraConfig:
     buffer_size: int = 150
 
     def __post_init__(self) -> None:
-        if self.num_samples <= 0 or self.buffer_size <= 0:
-            raise ValueError(
-                f"num_samples and buffer_size must be positive, got {self.num_samples} and {self.buffer_size}."
-            )
+        _check_positive(self, "num_samples", "dirichlet_prior", "buffer_size")
 
 
 SUB_CONFIGS: dict[str, type] = {
@@ -229,8 +243,11 @@ def as_config(cls: type, value: Any, field_name: str) -> Any:
     if value is None or isinstance(value, cls):
         return value
     if isinstance(value, dict):
-        known = {entry.name for entry in fields(cls) if entry.init}
-        return cls(**{key: item for key, item in value.items() if key in known})
+        takes = {entry.name: entry.init for entry in fields(cls)}
+        config = cls(**{key: item for key, item in value.items() if takes.get(key)})
+        for name in (key for key in value if takes.get(key) is False):
+            setattr(config, name, value[name])  # no argument, since it is found when the adapter is made; saved with it
+        return config
     raise TypeError(f"{field_name} must be a {cls.__name__} or a dictionary, got {type(value).__name__}.")
 
 

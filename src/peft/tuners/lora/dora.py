@@ -2,8 +2,8 @@
 
 W' = m/‖V‖ ⊙ V with V = W + s·B·A and the norm per output feature, which counts as a constant in the gradient.
 
-The norm is found without forming V: ‖V‖² = ‖W‖² + 2s·⟨W·Aᵀ, B⟩ + s²·⟨B·(A·Aᵀ), B⟩ per row, where W does not change
-while training, so that only products with the rank as one side are left.
+V is formed by one kernel that adds the product to W, and W·x by the base layer; the output is put together from
+m/‖V‖·(W·x + s·B·A·x) + b.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from ...engine.backends import dense_weight
+from ...utils.tensors import add_product, is_bare
+from .base_weight import Factors, base_weight_at_hand, left_over, own_layout
 from .variant import LoraVariant, register_variant
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ ENABLE_DORA_CACHING = False
 
 
 def row_norms(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
-    """‖W + s·B·A‖ per row, without forming the sum.
+    """‖W + s·B·A‖ per row.
 
     Args:
         weight: W, (out, in).
@@ -36,11 +38,7 @@ def row_norms(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: f
         (out,), in float32 or the wider of the dtypes.
     """
     dtype = torch.promote_types(torch.promote_types(weight.dtype, A.dtype), torch.float32)
-    weight, A, B = weight.to(dtype), A.to(dtype), B.to(dtype)
-    cross = (weight @ A.T * B).sum(1)
-    own = (B @ (A @ A.T) * B).sum(1)
-    squared = weight.square().sum(1) + 2 * scaling * cross + scaling**2 * own
-    return squared.clamp_min(0).sqrt()
+    return torch.linalg.vector_norm(add_product(weight.to(dtype), B.to(dtype), A.to(dtype).T, scaling), dim=1)
 
 
 class DoraLinearLayer(nn.Module):
@@ -86,13 +84,17 @@ class DoraLinearLayer(nn.Module):
 
     @torch.no_grad()
     def norm(self, weight: torch.Tensor, lora_A: Any, lora_B: Any, scaling: float) -> torch.Tensor:
-        """The same as `get_weight_norm` without forming B·A; remembered in eval mode if caching is switched on."""
+        """The same as `get_weight_norm` from A and B; remembered in eval mode if caching is switched on."""
         caching = ENABLE_DORA_CACHING and not self.training
         if caching and self._norm is not None:
             return self._norm
         norm = self.fresh_norm(weight, _factor(lora_A), _factor(lora_B), scaling)
         self._norm = norm if caching else None
         return norm
+
+    def gain(self, base_layer: nn.Module, lora_A: Any, lora_B: Any, scaling: float) -> torch.Tensor:
+        """m/‖V‖, in the shape of m."""
+        return self.weight / self.norm(dense_weight(base_layer), lora_A, lora_B, scaling).to(self.weight.dtype)
 
     def fresh_norm(self, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
         return row_norms(self.canonical(weight), A, B, scaling).view(self.norm_shape(weight))
@@ -149,10 +151,9 @@ class DoraLinearLayer(nn.Module):
             base_result: its output with bias, where x is the undropped input; W·x is computed otherwise.
             adapter_name: of no effect.
         """
-        weight = dense_weight(base_layer)
-        gain = self.weight / self.norm(weight, lora_A, lora_B, scaling).to(self.weight.dtype)
+        gain = self.gain(base_layer, lora_A, lora_B, scaling)
         if base_result is None:
-            base_result = self.base_output(x, base_layer, weight.to(x.dtype))
+            base_result = self.base_output(x, base_layer, dense_weight(base_layer).to(x.dtype))
         elif getattr(base_layer, "bias", None) is not None:
             base_result = base_result - base_layer.bias.to(base_result.dtype).view(self.bias_shape())
         return (gain - 1) * base_result + gain * lora_B(lora_A(x)) * scaling
@@ -207,8 +208,7 @@ class DoraEmbeddingLayer(DoraLinearLayer):
             embed_fn: looks ids up in a table as the base layer does.
             adapter_name: of no effect.
         """
-        weight = dense_weight(base_layer)
-        gain = self.weight / self.norm(weight, lora_A, lora_B, scaling).to(self.weight.dtype)
+        gain = self.gain(base_layer, lora_A, lora_B, scaling)
         return gain, gain * (embed_fn(x, lora_A.T) @ lora_B.T) * scaling
 
 
@@ -258,7 +258,9 @@ def _factors(module: LoraLayer, adapter: str) -> tuple[torch.Tensor, torch.Tenso
     return module.lora_A[adapter].weight, module.lora_B[adapter].weight
 
 
-def _add_magnitude(module: LoraLayer, adapter: str, magnitude_cls: type[DoraLinearLayer]) -> None:
+def _add_magnitude(
+    module: LoraLayer, adapter: str, magnitude_cls: type[DoraLinearLayer], taken_out: Factors | None = None
+) -> None:
     magnitude = magnitude_cls(fan_in_fan_out=getattr(module, "fan_in_fan_out", False))
     A, B = _factors(module, adapter)
     magnitude.update_layer(
@@ -267,9 +269,17 @@ def _add_magnitude(module: LoraLayer, adapter: str, magnitude_cls: type[DoraLine
         lora_B=B,
         scaling=module.scaling[adapter],
         place_on_cpu=module.ephemeral_gpu_offload and A.device.type == "cpu",
-        weight=module.unmerged_weight() if module.merged_adapters else None,
+        weight=_weight_to_be(module, taken_out),
     )
     module.lora_magnitude_vector[adapter] = magnitude
+
+
+def _weight_to_be(module: LoraLayer, taken_out: Factors | None) -> torch.Tensor | None:
+    """The base weight that the adapter is going to have, where it is not the one that the base layer has now."""
+    if taken_out is not None:
+        with base_weight_at_hand(module):
+            return own_layout(module, left_over(module, taken_out)).to(module.get_base_weight().dtype)
+    return module.unmerged_weight() if module.merged_adapters else None
 
 
 def _gain(module: LoraLayer, adapter: str) -> torch.Tensor:
@@ -281,13 +291,28 @@ def _gain(module: LoraLayer, adapter: str) -> torch.Tensor:
     return gain.view([1, -1] if module.fan_in_fan_out else [-1] + [1] * (gain.dim() - 1 or 1))
 
 
+def _scaled(
+    gain: torch.Tensor,
+    result: torch.Tensor,
+    hidden: torch.Tensor,
+    B: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """gain ⊙ (result - b + s·hidden·Bᵀ) + b."""
+    if bias is None:
+        return gain * add_product(result, hidden, B, scaling)
+    bias = bias.to(result.dtype)
+    return torch.addcmul(bias, gain, add_product(result - bias, hidden, B, scaling))
+
+
 @register_variant("use_dora", kinds=("linear", "conv1d_transformers"))
 class DoraLinearVariant(LoraVariant):
     """DoRA on a linear layer: the output gains (m/‖V‖ - 1)·W·x + m/‖V‖·s·B·A·x."""
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
-        _add_magnitude(module, adapter_name, DoraLinearLayer)
+        _add_magnitude(module, adapter_name, DoraLinearLayer, kwargs.get("taken_out"))
 
     @staticmethod
     def forward(
@@ -295,10 +320,15 @@ class DoraLinearVariant(LoraVariant):
     ) -> torch.Tensor:
         dropout = module.lora_dropout[active_adapter]
         undropped = isinstance(dropout, nn.Identity) or not module.training
+        A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        if undropped and is_bare(A) and is_bare(B) and result.dtype is x.dtype is A.weight.dtype:
+            scaling, base_layer = module.scaling[active_adapter], module.get_base_layer()
+            gain = module.lora_magnitude_vector[active_adapter].gain(base_layer, A, B, scaling)
+            return _scaled(gain, result, nn.functional.linear(x, A.weight), B.weight, scaling, base_layer.bias)
         return result + module.lora_magnitude_vector[active_adapter](
             dropout(x),
-            lora_A=module.lora_A[active_adapter],
-            lora_B=module.lora_B[active_adapter],
+            lora_A=A,
+            lora_B=B,
             scaling=module.scaling[active_adapter],
             base_layer=module.get_base_layer(),
             base_result=result if undropped else None,
@@ -349,7 +379,7 @@ class DoraConv1dVariant(_DoraConvNdVariant):
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, config: Any, **kwargs: Any) -> None:
-        _add_magnitude(module, adapter_name, DoraConv1dLayer)
+        _add_magnitude(module, adapter_name, DoraConv1dLayer, kwargs.get("taken_out"))
 
 
 @register_variant("use_dora", kinds=("conv2d",))
@@ -358,7 +388,7 @@ class DoraConv2dVariant(_DoraConvNdVariant):
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, config: Any, **kwargs: Any) -> None:
-        _add_magnitude(module, adapter_name, DoraConv2dLayer)
+        _add_magnitude(module, adapter_name, DoraConv2dLayer, kwargs.get("taken_out"))
 
 
 @register_variant("use_dora", kinds=("conv3d",))
@@ -367,4 +397,4 @@ class DoraConv3dVariant(_DoraConvNdVariant):
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, config: Any, **kwargs: Any) -> None:
-        _add_magnitude(module, adapter_name, DoraConv3dLayer)
+        _add_magnitude(module, adapter_name, DoraConv3dLayer, kwargs.get("taken_out"))

@@ -1,14 +1,16 @@
 """How A and B start: a table of initialisers by name, chosen by `init_lora_weights`.
 
-An initialiser is a function (layer, adapter_name, value). Add one with `@initialiser("name")`; one that needs more than
-a screen has a file of its own.
+An initialiser is a function (layer, adapter name, value, configuration). Add one with `@initialiser("name")`; one that
+needs more than a screen has a file of its own.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,54 +18,53 @@ from torch import nn
 from ...utils.naming import near_misses
 
 if TYPE_CHECKING:
+    from .base_weight import Factors
+    from .config import LoraConfig
     from .layer import LoraLayer
 
-Initialiser = Callable[["LoraLayer", str, "bool | str"], None]
+Start = Callable[["LoraLayer", str, str, "LoraConfig | None"], "Factors | None"]
+"""Gives what it takes out of the base weight, if it does."""
+
+
+@dataclass(frozen=True)
+class Initialiser:
+    """A way for A and B to start."""
+
+    start: Start
+    changes_base: bool
+    """Whether it takes something out of the base weight, so that it must run again when the adapter is loaded."""
+    embeddings: bool
+    """Whether it is for embeddings too; on those the others leave A zero and B normal."""
+
+
 INITIALISERS: dict[str, Initialiser] = {}
 
 
-def initialiser(name: str) -> Callable[[Initialiser], Initialiser]:
-    """Register the initialiser for `init_lora_weights=name`."""
+def initialiser(name: str, *, changes_base: bool = False, embeddings: bool = False) -> Callable[[Start], Start]:
+    """Register the initialiser for `init_lora_weights=name`, in upper or lower case.
 
-    def register(function: Initialiser) -> Initialiser:
-        INITIALISERS[name] = function
+    Args:
+        name: in lower case; an N at the end stands for a number.
+        changes_base: whether it changes the base weight.
+        embeddings: whether it is for embeddings too.
+    """
+
+    def register(function: Start) -> Start:
+        INITIALISERS[name] = Initialiser(function, changes_base, embeddings)
         return function
 
     return register
 
 
-def initialise(layer: LoraLayer, adapter: str, value: bool | str) -> None:
-    """Start an adapter's factors as `init_lora_weights` says.
+def find_initialiser(value: str) -> Initialiser:
+    """The initialiser of that name.
 
     Raises:
-        ValueError: no such initialiser.
+        ValueError: there is none.
     """
-    if next(parameters_of(layer, adapter)).is_meta:
-        return  # its values will be loaded
-    if adapter in layer.lora_embedding_A:
-        _start_embedding(layer, adapter, value)
-        return
-    _draw_defaults(layer, adapter)
-    if value is False:
-        return
-    if value is True:
-        uniform_a(layer, adapter)
-    elif isinstance(value, str):
-        find_initialiser(value)(layer, adapter, value)
-    else:
-        raise ValueError(f"init_lora_weights must be True, False or a name, got {value!r}.")
+    from . import corda, eva, loftq, loraga, mica, olora, orthogonal, pissa  # noqa: F401  (they register themselves)
 
-
-def parameters_of(layer: LoraLayer, adapter: str) -> Iterator[nn.Parameter]:
-    """The factors of an adapter."""
-    return (parameter for _, _, _, parameter in layer.adapter_parameters([adapter]))
-
-
-def find_initialiser(value: str) -> Initialiser:
-    """The initialiser of that name; what follows an underscore may be its parameter (`pissa_niter_4`)."""
-    name = value.lower()
-    if name not in INITIALISERS:
-        name = name.partition("_")[0]
+    name = re.sub(r"(?<=_)\d+$", "N", value.lower())
     if name not in INITIALISERS:
         near = near_misses(value.lower(), INITIALISERS)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
@@ -71,6 +72,52 @@ def find_initialiser(value: str) -> Initialiser:
             f"init_lora_weights={value!r} is none of True, False, {', '.join(map(repr, sorted(INITIALISERS)))}.{hint}"
         )
     return INITIALISERS[name]
+
+
+def changes_base(value: Any) -> bool:
+    """Whether a value of `init_lora_weights` makes an adapter start by changing the base weight."""
+    return isinstance(value, str) and find_initialiser(value).changes_base
+
+
+def initialise(
+    layer: LoraLayer, adapter: str, value: bool | str | None, config: LoraConfig | None = None
+) -> Factors | None:
+    """Start an adapter's factors as `init_lora_weights` says.
+
+    Args:
+        layer: a LoRA layer that holds the adapter.
+        adapter: the adapter.
+        value: as in `LoraConfig`.
+        config: the adapter's configuration, with settings that some initialisers have.
+
+    Returns:
+        What it takes out of the base weight: A, and B with the scaling in it; None if the weight stays as it is.
+
+    Raises:
+        ValueError: no such initialiser, or one that does not go with this kind of layer.
+    """
+    if value and not isinstance(value, str | bool):
+        raise ValueError(f"init_lora_weights must be True, False or a name, got {value!r}.")
+    chosen = find_initialiser(value) if value and isinstance(value, str) else None
+    on_embedding = adapter in (layer._modules.get("lora_embedding_A") or ())  # not to make an empty one
+    if on_embedding and chosen is not None and not chosen.embeddings:
+        value, chosen = True, None
+    if next(parameters_of(layer, adapter)).is_meta and not (chosen is not None and chosen.changes_base):
+        return None  # its values will be loaded
+    if on_embedding:
+        _start_embedding(layer, adapter, value)
+    else:
+        _draw_defaults(layer, adapter)
+    if chosen is not None:
+        return chosen.start(layer, adapter, value, config)
+    if value and not on_embedding:
+        uniform_a(layer, adapter)
+    return None
+
+
+def parameters_of(layer: LoraLayer, adapter: str) -> Iterator[nn.Parameter]:
+    """The factors of an adapter."""
+    return (parameter for _, _, _, parameter in layer.adapter_parameters([adapter]))
 
 
 def _draw_defaults(layer: LoraLayer, adapter: str) -> None:
@@ -95,18 +142,17 @@ def zero_b(layer: LoraLayer, adapter: str) -> None:
 
 
 @initialiser("gaussian")
-def gaussian(layer: LoraLayer, adapter: str, value: bool | str) -> None:
+def gaussian(layer: LoraLayer, adapter: str, value: str, config: LoraConfig | None = None) -> None:
     """A normal with standard deviation 1/r, B zero."""
     nn.init.normal_(layer.lora_A[adapter].weight, std=1 / layer.r[adapter])
     zero_b(layer, adapter)
 
 
 @torch.no_grad()
-def _start_embedding(layer: LoraLayer, adapter: str, value: bool | str) -> None:
+def _start_embedding(layer: LoraLayer, adapter: str, value: bool | str | None) -> None:
     A, B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
     A.normal_()
     B.normal_()
-    if value is False:
-        return
-    A.zero_()
-    B.normal_()
+    if value:
+        A.zero_()
+        B.normal_()

@@ -16,16 +16,19 @@ from torch import nn
 
 from ...engine.kinds import EMBEDDING, kind_of, same_kind_layer
 from ...engine.layer import AdditiveLayer, BaseTunerLayer, check_adapters_to_merge
+from ...engine.lifecycle import RowGroups
+from ...engine.scaling import Scaling
 from ...utils.buffer_dict import BufferDict
 from ...utils.constants import ALLOWED_COMPUTE_DTYPES, UPCAST_DTYPES
 from ...utils.integrations import dequantize_module_weight, gather_params_ctx, get_bnb_param_type, skip_init_on_device
-from ...utils.tensors import bare_linear, transpose
+from ...utils.tensors import add_product, bare_linear, is_bare, product, transpose
 from ...utils.warning import PeftWarning
 from .initialisers import initialise
+from .loraga import start_by_gradient
 from .variant import LoraVariant, VariantTable, requested_variants, resolve_variant, variants_on
 
 if TYPE_CHECKING:
-    from .config import LoraConfig
+    from .config import LoraConfig, LoraGAConfig
 
 VARIANT_KWARG_KEYS = ["alora_offsets"]
 
@@ -52,7 +55,7 @@ class LoraLayer(AdditiveLayer):
         self.__dict__.update(
             _ranks={},
             lora_alpha={},
-            scaling={},
+            _scaling=Scaling(),
             use_dora={},
             use_rslora={},
             lora_bias={},
@@ -77,9 +80,12 @@ class LoraLayer(AdditiveLayer):
         Raises:
             ValueError: this kind of layer does not support it.
         """
-        return resolve_variant(
-            self.lora_variants, requested_variants(config), where=self._label or type(self).__name__
-        )
+        return resolve_variant(self.lora_variants, requested_variants(config), where=self.called)
+
+    @property
+    def called(self) -> str:
+        """What messages call this layer."""
+        return self._label or self.kwargs.get("target_name") or type(self).__name__
 
     # ------------------------------------------------------------------------------------------------------ adding
 
@@ -100,6 +106,8 @@ class LoraLayer(AdditiveLayer):
             raise ValueError(f"The rank of {self._label or 'a LoRA layer'} must be positive, got r={r}.")
         variant = self.resolve_lora_variant(config=config, **kwargs)
         self._check_config(adapter_name, r, config)
+        if variant is not None:
+            variant.check(self, adapter_name, r=r, config=config, **kwargs)
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.lora_bias[adapter_name] = config.lora_bias
@@ -109,14 +117,14 @@ class LoraLayer(AdditiveLayer):
         self.lora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.scaling[adapter_name] = self.initial_scaling(adapter_name)
         self._make_factors(adapter_name, r, config.lora_bias)
-        tied = kwargs.get("tied_adapter")
+        tied, taken_out = kwargs.get("tied_adapter"), None
         if tied is not None:
             self._share_factors(adapter_name, tied)
         else:
-            self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+            taken_out = initialise(self, adapter_name, config.init_lora_weights, config)
         self._forget_variant(adapter_name)
         if variant is not None:
-            self._add_variant(variant, adapter_name, config, **kwargs)
+            self._add_variant(variant, adapter_name, config, taken_out=taken_out, **kwargs)
         self._settle(adapter_name, inference_mode=config.inference_mode)
 
     def _add_variant(self, variant: LoraVariant, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
@@ -170,6 +178,36 @@ class LoraLayer(AdditiveLayer):
         """
         initialise(self, adapter_name, init_lora_weights)
 
+    # Each initialiser is a file of its own; these names are the ones that programs know them by.
+
+    def pissa_init(self, adapter_name: str, init_lora_weights: str) -> None:
+        """Start an adapter by PiSSA: "pissa" or "pissa_niter_N"."""
+        initialise(self, adapter_name, init_lora_weights)
+
+    def olora_init(self, adapter_name: str) -> None:
+        """Start an adapter by OLoRA."""
+        initialise(self, adapter_name, "olora")
+
+    def orthogonal_init(self, adapter_name: str) -> None:
+        """Start an adapter with A and B not zero and B·A = 0."""
+        initialise(self, adapter_name, "orthogonal")
+
+    def corda_init(self, adapter_name: str, init_lora_weights: str) -> None:
+        """Start an adapter by CorDA, from what `preprocess_corda` found."""
+        initialise(self, adapter_name, init_lora_weights)
+
+    def lora_ga_init(self, adapter_name: str, lora_ga_config: LoraGAConfig | None) -> None:
+        """Start an adapter by LoRA-GA, from the gradients of `preprocess_loraga`."""
+        start_by_gradient(self, adapter_name, lora_ga_config)
+
+    def mica_init(self, adapter_name: str) -> None:
+        """Start an adapter by MiCA."""
+        initialise(self, adapter_name, "mica")
+
+    def loftq_init(self, adapter_name: str, config: LoraConfig) -> None:
+        """Start an adapter by LoftQ, with the settings in `config.loftq_config`."""
+        initialise(self, adapter_name, "loftq", config)
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._forget_variant(adapter_name)
@@ -177,14 +215,24 @@ class LoraLayer(AdditiveLayer):
     # ----------------------------------------------------------------------------------------------------- forward
 
     def _make_plan(self) -> tuple:
+        for name, variant in self.lora_variant.items():
+            variant.adapters_changed(self, name)
         return tuple(entry for name in super()._make_plan() for entry in self.plan_for(name))
 
     def plan_for(self, adapter: str) -> tuple:
-        return ((adapter, self.lora_variant.get(adapter)),)
+        return ((adapter, self._computing_variant(adapter)),)
+
+    def _computing_variant(self, adapter: str) -> LoraVariant | None:
+        variant = self.lora_variant.get(adapter)
+        return None if variant is None or variant.computes_plainly else variant
 
     def factor_dtype(self, adapter: str) -> torch.dtype:
         """The dtype that an adapter computes in."""
         return self.lora_A[adapter].weight.dtype
+
+    def factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of an adapter."""
+        return self.lora_A[adapter].weight, self.lora_B[adapter].weight
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer with the active adapters applied.
@@ -221,23 +269,35 @@ class LoraLayer(AdditiveLayer):
         """The output with what one plain adapter adds."""
         return result + self.term(x, adapter)
 
-    def term(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
-        """s·B(A(dropout(x))), without forming B·A."""
-        x = self._cast_term_input(x, self.factor_dtype(adapter))
-        return self.lora_B[adapter](self.lora_A[adapter](self.lora_dropout[adapter](x))) * self.scaling[adapter]
+    def term(self, x: torch.Tensor, adapter: str, gains: torch.Tensor | None = None) -> torch.Tensor:
+        """s·B(A(dropout(x))), without forming B·A.
 
-    def mixed_forward(self, x: torch.Tensor, rows: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        Args:
+            x: the layer's input.
+            adapter: the adapter.
+            gains: (r,), factors of what A gives.
+        """
+        x = self._cast_term_input(x, self.factor_dtype(adapter))
+        A, B = self.lora_A[adapter], self.lora_B[adapter]
+        hidden = A(self.lora_dropout[adapter](x))
+        if gains is not None:
+            hidden = hidden * gains.view(-1, *[1] * (A.weight.dim() - 2))
+        return B(hidden) * self.scaling[adapter]
+
+    def mixed_forward(self, x: torch.Tensor, rows: RowGroups, *args: Any, **kwargs: Any) -> torch.Tensor:
         result = self.base_layer(x, *args, **kwargs)
-        plain = {name: index for name, index in rows.items() if self.lora_variant.get(name) is None}
-        for name in [name for name in rows if name not in plain]:
+        varied = [name for name in rows if self._computing_variant(name) is not None]
+        for name in varied:
             index, variant = rows[name], self.lora_variant[name]
             part = self._cast_term_input(x[index], self.factor_dtype(name))
-            inputs = {key: _rows_of(self.call_input(key, len(x)), index) for key in variant.inputs}
+            inputs = {key: _rows_of(self.call_input(key, len(x)), index, len(x)) for key in variant.inputs}
             adapted = variant.forward(self, active_adapter=name, x=part, result=result[index], **inputs)
             result = result.index_copy(0, index, adapted.to(result.dtype))
-        return self._add_plain_terms(x, result, plain)
+        if not varied:
+            return self._add_plain_terms(x, result, rows)
+        return self._add_plain_terms(x, result, rows.without(varied))
 
-    def _add_plain_terms(self, x: torch.Tensor, result: torch.Tensor, rows: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _add_plain_terms(self, x: torch.Tensor, result: torch.Tensor, rows: RowGroups) -> torch.Tensor:
         for name, index in rows.items():
             result = result.index_add(0, index, self.term(x[index], name).to(result.dtype))
         return result
@@ -248,16 +308,21 @@ class LoraLayer(AdditiveLayer):
         variant = self.lora_variant.get(adapter)
         return self.plain_delta(adapter) if variant is None else variant.delta_weight(self, adapter)
 
-    def plain_delta(self, adapter: str) -> torch.Tensor:
-        """s·B·A, canonical; half precision on the CPU is multiplied in float32."""
-        A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        return self.scaling[adapter] * _product(B, A)
+    def plain_delta(self, adapter: str, gains: torch.Tensor | None = None) -> torch.Tensor:
+        """s·B·A, canonical; half precision on the CPU is multiplied in float32.
+
+        Args:
+            adapter: the adapter.
+            gains: (r,), factors of the columns of B.
+        """
+        A, B = self.factors(adapter)
+        return self.scaling[adapter] * product(B, A, gains)
 
     def fold(self, tensors: dict[str, torch.Tensor], adapter: str) -> dict[str, torch.Tensor]:
         name = self.kind.weight_name
         variant = self.lora_variant.get(adapter)
         if variant is None:
-            folded = super().fold(tensors, adapter)
+            folded = {name: self.with_delta(tensors[name], adapter)}
         else:
             folded = {name: variant.merge_safe(self, adapter, tensors[name])}
         if self.lora_bias.get(adapter):
@@ -272,6 +337,18 @@ class LoraLayer(AdditiveLayer):
             )
         return bias + self.lora_B[adapter].bias * self.scaling[adapter]
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        variant = self.lora_variant.get(adapter_name)
+        supported = variant is None or variant.supports_lora_conversion()
+        return supported and super().supports_lora_conversion(adapter_name)
+
+    def effective_delta(self, adapter: str) -> torch.Tensor:
+        variant = self.lora_variant.get(adapter)
+        if variant is None or type(variant).merge_safe is LoraVariant.merge_safe:
+            return self.delta_weight(adapter)
+        weight = self.unmerged_weight().float()
+        return self.kind.flip(variant.merge_safe(self, adapter, weight) - weight)
+
     def state_entries(self, adapter: str):
         """As the engine's, but a DoRA magnitude is saved without the `.weight` of the module that holds it."""
         for entry in super().state_entries(adapter):
@@ -285,44 +362,18 @@ class LoraLayer(AdditiveLayer):
         return f"lora.{super().__repr__()}"
 
 
-def _rows_of(value: Any, index: torch.Tensor) -> Any:
-    """The entries of a per-row input for some rows of the batch."""
-    if value is None:
-        return None
-    return value[index] if torch.is_tensor(value) else [value[row] for row in index.tolist()]
-
-
-def _product(B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """B·A over the rank; in float32 for half precision on a CPU, which is faster and rounds once."""
-    if A.device.type == "cpu" and A.dtype in (torch.float16, torch.bfloat16):
-        return (B.float() @ A.float()).to(A.dtype)
-    return B @ A
-
-
-def _is_bare(factor: nn.Module) -> bool:
-    """Whether calling a factor is nothing but its product: no bias, no hook, no wrapper of a sharding library."""
-    return (
-        type(factor) is nn.Linear
-        and factor._parameters["bias"] is None
-        and not factor._forward_hooks
-        and not factor._forward_pre_hooks
-        and not factor._backward_hooks
-        and not factor._backward_pre_hooks
-    )
-
-
-def add_product(result: torch.Tensor, hidden: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
-    """result + s·hidden·Bᵀ in one kernel.
+def _rows_of(value: Any, index: torch.Tensor, rows: int) -> Any:
+    """The entries of a per-row input for some rows of the batch.
 
     Args:
-        result: (..., out).
-        hidden: (..., r).
-        B: (out, r).
-        scaling: s.
+        value: a tensor or sequence with an entry per row, or per equal number of rows that follow each other.
+        index: the rows.
+        rows: how many the batch has.
     """
-    if result.dim() == 2:
-        return torch.addmm(result, hidden, B.T, alpha=scaling)
-    return torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), B.T, alpha=scaling).view(result.shape)
+    if value is None or torch.is_tensor(value):
+        return None if value is None else value[index]
+    each = max(rows // max(len(value), 1), 1)
+    return type(value)(value[row // each] for row in index[::each].tolist())
 
 
 class Linear(LoraLayer, nn.Module):
@@ -375,41 +426,59 @@ class Linear(LoraLayer, nn.Module):
     def _add_term(self, x: torch.Tensor, result: torch.Tensor, adapter: str) -> torch.Tensor:
         modules = self._modules
         A, B = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
-        if not (_is_bare(A) and _is_bare(B) and result.dtype is x.dtype is A._parameters["weight"].dtype):
+        if not (is_bare(A) and is_bare(B) and result.dtype is x.dtype is A._parameters["weight"].dtype):
             return result + self.term(x, adapter)
         dropout = modules["lora_dropout"]._modules[adapter]
         hidden = F.linear(x if type(dropout) is nn.Identity else dropout(x), A._parameters["weight"])
-        scaling = self.scaling[adapter]
-        if torch.is_tensor(scaling):  # prepared for hotswapping: its value must stay a value, not become a constant
-            hidden, scaling = hidden * scaling, 1.0
-        return add_product(result, hidden, B._parameters["weight"], scaling)
+        return add_product(result, hidden, B._parameters["weight"], self._scaling[adapter])
 
-    def _add_plain_terms(self, x: torch.Tensor, result: torch.Tensor, rows: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _add_plain_terms(self, x: torch.Tensor, result: torch.Tensor, rows: RowGroups) -> torch.Tensor:
         if len(rows) < 2 or x.dim() not in (2, 3) or any(self.lora_bias[name] for name in rows):
             return super()._add_plain_terms(x, result, rows)
-        index = torch.cat(list(rows.values()))
-        owner = torch.cat([torch.full_like(rows[name], position) for position, name in enumerate(rows)])
-        A, B = self._stacked_factors(list(rows))
-        part = self._cast_term_input(x[index], A.dtype)
-        part = part if part.dim() == 3 else part.unsqueeze(1)
-        terms = torch.bmm(torch.bmm(part, A[owner].mT), B[owner].mT)
-        return result.index_add(0, index, terms.view(len(index), *result.shape[1:]).to(result.dtype))
+        index = None if rows.complete else rows.flat
+        part, onto = (x, result) if index is None else (x[index], result[index])
+        if x.dim() == 2:
+            part, onto = part.unsqueeze(1), onto.unsqueeze(1)
+        adapted = self._add_batched(part, onto, rows.names)
+        adapted = adapted.squeeze(1) if x.dim() == 2 else adapted
+        return adapted if index is None else result.index_copy(0, index, adapted)
+
+    def _add_batched(self, x: torch.Tensor, result: torch.Tensor, names: list[str]) -> torch.Tensor:
+        """result + s·B(A(x)) of another adapter for each row; x is (rows, tokens, in)."""
+        A, B = self._stacked_factors(names)
+        factors = dict(self._scaling)
+        scaling: Any = factors[names[0]]
+        if any(factors[name] != scaling for name in names):
+            scaling = torch.tensor([float(factors[name]) for name in names], dtype=A.dtype, device=A.device)
+            scaling = scaling.view(-1, 1, 1)
+        hidden = torch.bmm(self._cast_term_input(x, A.dtype), A.mT)
+        if torch.is_tensor(scaling):
+            hidden, scaling = hidden * scaling, 1.0
+        if result.dtype is hidden.dtype:
+            return torch.baddbmm(result, hidden, B.mT, alpha=scaling)
+        return result + (torch.bmm(hidden, B.mT) * scaling).to(result.dtype)
 
     def _stacked_factors(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (n, r, in) with the scalings in it, and B (n, out, r), of adapters of any rank, padded by zeros."""
+        """A (n, r, in) and B (n, out, r) of adapters of any rank, padded by zeros."""
         # By their shapes: factors that are prepared for hotswapping are padded already.
-        A, B = [self.lora_A[name].weight for name in names], [self.lora_B[name].weight for name in names]
-        rank = max(len(factor) for factor in A)
-        A = [F.pad(factor * self.scaling[n], (0, 0, 0, rank - len(factor))) for n, factor in zip(names, A)]
-        return torch.stack(A), torch.stack([F.pad(factor, (0, rank - factor.shape[1])) for factor in B])
+        lora_A, lora_B = self._modules["lora_A"]._modules, self._modules["lora_B"]._modules
+        A = [lora_A[name]._parameters["weight"] for name in names]
+        B = [lora_B[name]._parameters["weight"] for name in names]
+        ranks = [factor.size(0) for factor in A]
+        if min(ranks) != max(ranks):
+            A = [F.pad(factor, (0, 0, 0, max(ranks) - rank)) for factor, rank in zip(A, ranks)]
+            B = [F.pad(factor, (0, max(ranks) - rank)) for factor, rank in zip(B, ranks)]
+        return torch.stack(A), torch.stack(B)
+
+    def with_delta(self, weight: torch.Tensor, adapter: str) -> torch.Tensor:
+        A, B = self.factors(adapter)
+        if self.fan_in_fan_out or not (weight.dtype is A.dtype in (torch.float32, torch.float64)):
+            return super().with_delta(weight, adapter)
+        return add_product(weight, B, A.T, self.scaling[adapter])
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         delta = self.delta_weight(adapter)
         return transpose(delta, self.fan_in_fan_out)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        variant = self.lora_variant.get(adapter_name)
-        return variant is None or variant.supports_lora_conversion()
 
 
 class LoraEmbeddingATPHolder(nn.Embedding):
@@ -454,16 +523,17 @@ class Embedding(LoraLayer, nn.Module):
     def factor_dtype(self, adapter: str) -> torch.dtype:
         return self.lora_embedding_A[adapter].dtype
 
-    def term(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
-        A, B = self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
-        return (self.embed(x, A.T) @ B.T) * self.scaling[adapter]
+    def factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
+
+    def term(self, x: torch.Tensor, adapter: str, gains: torch.Tensor | None = None) -> torch.Tensor:
+        A, B = self.factors(adapter)
+        hidden = self.embed(x, A.T)
+        return ((hidden if gains is None else hidden * gains) @ B.T) * self.scaling[adapter]
 
     def embed(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """Rows of a table (entries, r), looked up and scaled as the base layer does it."""
         return EMBEDDING.apply(self.get_base_layer(), x, table)
-
-    def plain_delta(self, adapter: str) -> torch.Tensor:
-        return self.scaling[adapter] * _product(self.lora_embedding_B[adapter], self.lora_embedding_A[adapter])
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         return self.delta_weight(adapter).T
@@ -519,14 +589,14 @@ class _ConvNd(LoraLayer, nn.Module):
             B = same_kind_layer(layer, r, layer.out_channels, pointwise=True, bias=bias)
         self.lora_A[adapter_name], self.lora_B[adapter_name] = A, B
 
-    def plain_delta(self, adapter: str) -> torch.Tensor:
-        A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+    def plain_delta(self, adapter: str, gains: torch.Tensor | None = None) -> torch.Tensor:
+        A, B = self.factors(adapter)
         if self.get_base_layer().groups > 1:
             raise NotImplementedError(
                 f"{self._label or 'A convolution'} has {self.get_base_layer().groups} groups, while LoRA's A sees all "
                 f"channels: the adapter {adapter!r} has no weight of the base's shape and cannot be merged."
             )
-        return self.scaling[adapter] * _product(B.flatten(1), A.flatten(1)).view(len(B), *A.shape[1:])
+        return self.scaling[adapter] * product(B.flatten(1), A.flatten(1), gains).view(len(B), *A.shape[1:])
 
 
 class Conv1d(_ConvNd):

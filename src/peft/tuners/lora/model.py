@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import re
+import warnings
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from ...engine.layer import AdapterLayer, BaseTunerLayer
+from ...engine.lifecycle import as_names
 from ...engine.matching import get_pattern_key, is_suffix
 from ...engine.replication import replicate_layers
 from ...engine.state import base_model_of
 from ...engine.tuner import BaseTuner
 from ...engine.tying import input_embedding_name, save_tied_copies
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from .alora import is_alora_relevant_in_batch, knowing_offsets
 from .config import MUTATES_BASE, LoraConfig
+from .kasa import check_beside, kasa_loss
 from .layer import LAYER_CLASSES, Embedding, LoraLayer, ParamWrapper, dispatch_default
+from .monteclora import mean_variational_loss
 from .rank import without_padding
+from .weighted import WeightedAdapter
 
 STATE_SPACE_MODELS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 """Model types whose kernels read the weights of `out_proj` and `conv1d` without calling these modules."""
@@ -55,6 +61,7 @@ class LoraModel(BaseTuner):
     tuner_layer_cls = LoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     layer_classes: ClassVar[dict[str, type[AdapterLayer]]] = LAYER_CLASSES
+    special_forward_args: ClassVar[tuple[str, ...]] = ("alora_offsets",)
     unsupported_error = ValueError
 
     @staticmethod
@@ -146,12 +153,22 @@ class LoraModel(BaseTuner):
             return state
         return conversion.convert_peft_adapter_state_dict_for_transformers(model, config, state, adapter_name)
 
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        if is_alora_relevant_in_batch(self, kwargs.get("adapter_names")):
+            return knowing_offsets(self, args, kwargs)
+        return super()._enable_peft_forward_hooks(*args, **kwargs)
+
     def _prepare_model(self, peft_config: LoraConfig, model: nn.Module) -> None:
         if peft_config.layer_replication:
             replicate_layers(model, peft_config.layer_replication)
 
     def _check_new_adapter_config(self, config: LoraConfig) -> None:
         super()._check_new_adapter_config(config)
+        check_beside(config, ((name, other) for name, other in self.peft_config.items() if other is not config))
+        if config.use_qalora and getattr(self.model, "quantization_method", None) != "gptq" and not config._custom_modules:
+            warnings.warn(
+                "use_qalora is for layers that GPTQ has quantised. This model has none, so the adapter's A sees every input."
+            )
         others = [other for other in self.peft_config.values() if other is not config]
         wanted = set(config.target_parameters or ())
         if any(set(getattr(other, "target_parameters", None) or ()) != wanted for other in others):
@@ -174,6 +191,86 @@ class LoraModel(BaseTuner):
         super()._check_merge_allowed()
         if getattr(self.model, "quantization_method", None) == "gptq":
             raise ValueError("LoRA cannot be merged into a GPTQ-quantised model.")
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
+    ) -> None:
+        """Add an adapter made out of others; it is frozen and not active, and its scaling is 1.
+
+        What the types compute stands in `peft.tuners.lora.combination`. A single adapter is combined as "linear", that
+        is rescaled, unless an `svd_rank` asks for another rank. DoRA's magnitudes change by the weighted sum of their
+        changes, biases (`lora_bias`) are combined as the factors are. Where one of the adapters has a copy of a module
+        (`modules_to_save`) or rows of an embedding (`trainable_token_indices`), the new one gets these values.
+
+        Args:
+            adapters: the adapters to combine.
+            weights: one number for each.
+            adapter_name: the new adapter; if there is one of that name already, nothing is done.
+            combination_type: "cat" (exact, of the sum of the ranks); "linear", "ties", "dare_linear", "dare_ties" or
+                "magnitude_prune" on the factors, of adapters of one rank; "svd", "ties_svd", "dare_linear_svd",
+                "dare_ties_svd" or "magnitude_prune_svd" on the updates.
+            svd_rank: for types with svd, the new rank; the largest of the adapters' by default.
+            svd_clamp: for types with svd, limit the factors to this quantile of their entries.
+            svd_full_matrices: passed to `torch.linalg.svd` where one of the update is needed.
+            svd_driver: the same.
+            density: for "ties", "dare" and "magnitude_prune", the share of entries to keep.
+            majority_sign_method: for "ties", how signs are elected.
+
+        Raises:
+            ValueError: an unknown adapter or type, ranks that do not go together, adapters that cannot be combined; the
+                model is as it was.
+            TypeError: `density` is missing, or `target_modules` of an adapter has a wrong type.
+            RuntimeError: an unknown `majority_sign_method`.
+        """
+        if adapter_name in self.peft_config:
+            return
+        WeightedAdapter(
+            tuner=self,
+            adapters=list(adapters),
+            weights=list(weights),
+            adapter_name=adapter_name,
+            combination_type=combination_type,
+            svd_rank=svd_rank,
+            svd_clamp=svd_clamp,
+            svd_full_matrices=svd_full_matrices,
+            svd_driver=svd_driver,
+            density=density,
+            majority_sign_method=majority_sign_method,
+        ).add()
+
+    def _get_monteclora_loss(self, adapter_names: str | list[str] | None = None) -> torch.Tensor | float:
+        """The variational loss of MonteCLoRA adapters, averaged over layers; 0.0 in eval mode and without such adapters.
+
+        Args:
+            adapter_names: one name or several; the active ones by default.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        names = self.active_adapters if adapter_names is None else as_names(adapter_names)
+        self.roster.check_known(names, extra=self.peft_config)
+        layers = (holder for _, holder in self.holders if isinstance(holder, LoraLayer))
+        return mean_variational_loss(layers, names)
+
+    def _get_kasa_loss(self, adapter_names: str | list[str] | None = None) -> torch.Tensor | float:
+        """KaSA's penalty, to be added to the loss of training; 0.0 if no adapter uses KaSA.
+
+        Args:
+            adapter_names: which adapters; the active ones by default. Unknown ones have none.
+        """
+        names = self.active_adapters if adapter_names is None else as_names(adapter_names)
+        layers = (holder for _, holder in self.holders if isinstance(holder, LoraLayer))
+        return kasa_loss(layers, self.peft_config, names)
 
     def _add_modules_to_save_to_tie(self, peft_config: LoraConfig, tied_weight_keys: list[str]) -> None:
         save_tied_copies(peft_config, tied_weight_keys, input_embedding_name(self.model))

@@ -168,6 +168,10 @@ class ParamWrapper(LoraLayer, nn.Module):
     def fold(self, tensors: dict[str, torch.Tensor], adapter: str) -> dict[str, torch.Tensor]:
         return {self.parameter_name: self._adapted(tensors[self.parameter_name], [adapter])}
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: a bare parameter is adapted by `target_parameters`, which a conversion does not give."""
+        return False
+
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import nn
 
 if TYPE_CHECKING:
     from .config import LoraConfig
@@ -30,12 +29,31 @@ class LoraVariant:
     The hooks are static, so that what they know of an adapter is what its layer holds.
     """
 
-    containers: ClassVar[dict[str, Callable[[], nn.Module]]] = {}
-    """Attributes of the layer, keyed by adapter name, that hold tensors of the variant -> how to make them."""
+    containers: ClassVar[dict[str, Callable[[], Any]]] = {}
+    """Attributes of the layer, keyed by adapter name, that hold what the variant keeps -> how to make them.
+
+    Tensors and modules belong in torch's containers; what else an adapter has, in a plain dictionary.
+    """
     frozen_containers: ClassVar[tuple[str, ...]] = ()
     """Containers of which an adapter of this variant never trains the tensors."""
     inputs: ClassVar[tuple[str, ...]] = ()
     """What the forward is given of the call's inputs, by keyword (see `BaseTuner.call_inputs`)."""
+    computes_plainly: ClassVar[bool] = False
+    """Whether it differs only in how an adapter starts or trains, so that layers may compute as without a variant."""
+    plain_at_inference: ClassVar[bool] = False
+    """Whether it is s·B(A(x)) when nothing trains, so that its factors may be used as a plain adapter's."""
+
+    @staticmethod
+    def check(module: LoraLayer, adapter_name: str, r: int, config: LoraConfig, **kwargs: Any) -> None:
+        """Raise unless the layer can have such an adapter; called before anything is changed.
+
+        Args:
+            module: the layer.
+            adapter_name: the adapter.
+            r: its rank there.
+            config: its configuration.
+            kwargs: what depends on the module, such as `target_name`.
+        """
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
@@ -62,6 +80,15 @@ class LoraVariant:
             kwargs: the call's `inputs`.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def adapters_changed(module: LoraLayer, adapter_name: str) -> None:
+        """Take note that the layer's adapters, or values of their weights, may be others than before.
+
+        Args:
+            module: the layer.
+            adapter_name: an adapter of this variant, active or not.
+        """
 
     @staticmethod
     def delta_weight(module: LoraLayer, active_adapter: str) -> torch.Tensor:
@@ -100,6 +127,11 @@ class LoraVariant:
         return True
 
 
+def is_plain(variant: LoraVariant | None) -> bool:
+    """Whether an adapter of a variant, or of none, is s·B(A(x)) when nothing trains."""
+    return variant is None or variant.computes_plainly or variant.plain_at_inference
+
+
 VariantTable = dict[tuple[str, ...], type[LoraVariant]]
 _TABLES: dict[str, VariantTable] = {}
 
@@ -130,7 +162,7 @@ def variants_on(kind: str) -> VariantTable:
 def requested_variants(config: LoraConfig) -> tuple[str, ...]:
     """Sorted names of the variants that a configuration asks for."""
     names = [switch for switch in SWITCHES if getattr(config, switch, None)]
-    if config.init_lora_weights == "mica":
+    if str(config.init_lora_weights).lower() == "mica":
         names.append("mica")
     return tuple(sorted(names))
 

@@ -16,6 +16,7 @@ from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPIN
 from ...utils.modules import _get_submodules
 from ...utils.peft_types import PeftType
 from ...utils.registry import method
+from ..lora.kasa import check_beside
 
 COMPATIBLE_TUNER_TYPES = (
     PeftType.LORA,
@@ -95,6 +96,7 @@ class MixedModel(BaseTuner):
         if bias not in ("none", "all") and not bias.endswith("_only"):
             raise ValueError(f"bias={bias!r} is none of 'none', 'all' and '<method>_only'.")
         super()._check_new_adapter_config(config)
+        check_beside(config, ((name, other) for name, other in self.peft_config.items() if other is not config))
         self._tuner_for(config)._check_new_adapter_config(config)
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:

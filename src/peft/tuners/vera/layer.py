@@ -131,8 +131,7 @@ class VeraLayer(AdditiveLayer):
         raise NotImplementedError
 
     def _out_scale(self, adapter: str) -> torch.Tensor:
-        scaling, lambda_b = self.scaling[adapter], self.vera_lambda_b[adapter]
-        return lambda_b if scaling == 1 else lambda_b * scaling
+        return self.vera_lambda_b[adapter] * self.scaling[adapter]
 
     def delta_weight(self, adapter: str) -> torch.Tensor:
         """diag(λ_b)·B·diag(λ_d)·A, canonical; half precision on the CPU is multiplied in float32."""
@@ -142,9 +141,6 @@ class VeraLayer(AdditiveLayer):
             A, B = A.float(), B.float()
         lambda_b, lambda_d = self._out_scale(adapter).to(B), self.vera_lambda_d[adapter].to(A)
         return ((lambda_b[:, None] * B) @ (lambda_d[:, None] * A)).to(dtype).view(self.shape)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
 
     def __repr__(self) -> str:
         return f"vera.{super().__repr__()}"

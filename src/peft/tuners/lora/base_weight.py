@@ -1,0 +1,159 @@
+"""The base weight for initialisers that look at it or take something out of it, and where the factors go.
+
+Their mathematics is about matrices (out, in). A convolution's weight is one with its window flattened; stacked experts
+are several, (experts, out, in).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ...engine.offload import onload_layer
+from ...engine.undo import when_done
+from ...utils.integrations import gather_params_ctx
+
+if TYPE_CHECKING:
+    from .layer import LoraLayer
+
+DECOMPOSABLE = (torch.float32, torch.float16, torch.bfloat16)
+"""The dtypes of base weights that can be decomposed and changed."""
+
+Factors = tuple[torch.Tensor, torch.Tensor]
+"""A (..., r, in) and B (..., out, r)."""
+
+
+def start_by_decomposition(
+    layer: LoraLayer,
+    adapter: str,
+    initialiser: str,
+    factorise: Callable[[torch.Tensor], Factors],
+    quantised: bool = False,
+) -> Factors:
+    """Give an adapter factors found in the base weight, and leave in it what they do not explain: W <- W - s·B·A.
+
+    The weight is changed once the adapter is in place, or has been loaded, so that nothing is lost if that fails.
+
+    Args:
+        layer: a LoRA layer that holds the adapter.
+        adapter: the adapter.
+        initialiser: what it is started by, for messages.
+        factorise: gives A and B for W in float32.
+        quantised: whether a quantised weight will do, as the values that it stands for.
+
+    Returns:
+        What is taken out: A, and B with the scaling in it.
+
+    Raises:
+        TypeError: the weight has a dtype that cannot be decomposed.
+        ValueError: it is a grouped convolution's, or has adapters merged into it.
+        RuntimeError: it has no values.
+    """
+    with base_weight_at_hand(layer):
+        A, B = factorise(_checked_matrices(layer, adapter, initialiser, quantised))
+        place_factors(layer, adapter, A, B)
+    taken = A.float(), layer.scaling[adapter] * B.float()
+    when_done(take_out, layer, taken)
+    return taken
+
+
+def take_out(layer: LoraLayer, factors: Factors) -> None:
+    """W <- W - B·A, rounded once.
+
+    Args:
+        layer: the layer whose base weight changes.
+        factors: A and B, with the scaling in it.
+    """
+    with base_weight_at_hand(layer):
+        write_base_matrices(layer, left_over(layer, factors))
+
+
+def left_over(layer: LoraLayer, factors: Factors) -> torch.Tensor:
+    """W - B·A in float32, as matrices; arguments as `take_out`."""
+    A, B = factors
+    return base_matrices(layer).sub_(B @ A)
+
+
+@contextmanager
+def base_weight_at_hand(layer: LoraLayer) -> Iterator[None]:
+    """Context in which the base weight is whole and in memory, and changes of it last.
+
+    That is, with accelerate's offloading and DeepSpeed's partitions too.
+    """
+    parameters = list(layer.get_base_layer().parameters())
+    with onload_layer(layer), gather_params_ctx(parameters), torch.no_grad():
+        yield
+
+
+def _checked_matrices(layer: LoraLayer, adapter: str, initialiser: str, quantised: bool) -> torch.Tensor:
+    weight = layer.weight
+    about = f"{layer.called}: init_lora_weights={initialiser!r} of the adapter {adapter!r}"
+    if weight.is_meta:
+        raise RuntimeError(f"{about} needs the base weight, which is on the meta device. Load the model's weights first.")
+    if layer.merged_adapters:
+        raise ValueError(
+            f"{about} changes the base weight, but {layer.merged_adapters} are merged into it. Call unmerge_adapter() first."
+        )
+    if getattr(layer.get_base_layer(), "groups", 1) > 1:
+        raise ValueError(f"{about} is not for grouped convolutions, whose weight has not the shape of B·A.")
+    if weight.dtype not in DECOMPOSABLE and not (quantised and layer.quantization_backend is not None):
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DECOMPOSABLE)
+        raise TypeError(
+            f"{about} needs a base weight in one of {names}, got {str(weight.dtype).removeprefix('torch.')}. Start the "
+            "adapter on the model before it is quantised."
+        )
+    return base_matrices(layer)
+
+
+def base_matrices(layer: LoraLayer) -> torch.Tensor:
+    """A copy of the base weight in float32, as matrices."""
+    weight = layer.get_base_weight().to(torch.float32, copy=True)
+    if _is_stack(layer):
+        return weight.mT if layer.is_transposed else weight
+    return weight.T if layer.fan_in_fan_out else weight.flatten(1)
+
+
+def write_base_matrices(layer: LoraLayer, matrices: torch.Tensor) -> None:
+    """Make these the base weight, in its own layout and dtype."""
+    weight = layer.get_base_weight()
+    layer.set_base_weight(own_layout(layer, matrices).to(weight.dtype).contiguous())
+
+
+def own_layout(layer: LoraLayer, matrices: torch.Tensor) -> torch.Tensor:
+    """Matrices as the base weight is stored."""
+    if _is_stack(layer):
+        return matrices.mT if layer.is_transposed else matrices
+    return matrices.T if layer.fan_in_fan_out else matrices.view(layer.get_base_weight().shape)
+
+
+def _is_stack(layer: LoraLayer) -> bool:
+    return hasattr(layer, "num_experts") and layer.weight.dim() == 3
+
+
+def place_factors(layer: LoraLayer, adapter: str, A: torch.Tensor, B: torch.Tensor) -> None:
+    """Put found factors into an adapter. They may have a lower rank than it, if the base weight has.
+
+    Args:
+        layer: a LoRA layer that holds the adapter.
+        adapter: the adapter.
+        A: (r, in), or (experts, r, in).
+        B: (out, r), or (experts, out, r).
+    """
+    if A.dim() == 3:  # kept expert by expert in A, rank by rank in B
+        A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+    for factor, value in ((layer.lora_A[adapter], A), (layer.lora_B[adapter], B)):
+        window = factor.weight.shape[2:]
+        _set(factor, (value.unflatten(1, (-1, *window)) if window else value).contiguous())
+
+
+def _set(factor: nn.Module, value: torch.Tensor) -> None:
+    if isinstance(factor, nn.Linear):
+        factor.out_features, factor.in_features = value.shape
+    if factor.weight.is_meta:  # to be loaded, which the change of the base weight does not wait for
+        factor.weight = nn.Parameter(value, requires_grad=factor.weight.requires_grad)
+    else:
+        factor.weight.data = value

@@ -1,0 +1,1 @@
+from .initialisers import initialiser
