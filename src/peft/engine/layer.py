@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..utils.tensors import is_spread
 from .kinds import Kind, kind_of, kinds
 from .lifecycle import MixedBatch, RowGroups, modules_of
 from .protocol import BaseTunerLayer, check_adapters_to_merge
@@ -159,12 +160,15 @@ class AdapterLayer(BaseTunerLayer):
 
         Args:
             name: one of the tuner's `special_forward_args`.
-            rows: rows that the layer sees; a list that is shorter is repeated for the beams of each of its rows.
+            rows: rows that the layer sees; a list or tensor with fewer entries is repeated for the beams of each of them.
         """
         value = self.roster.inputs.get(name)
-        if rows is None or not isinstance(value, list) or not value or rows % len(value):
+        if rows is None or not isinstance(value, (list, torch.Tensor)) or not len(value) or rows % len(value):
             return value
-        return [item for item in value for _ in range(rows // len(value))]
+        times = rows // len(value)
+        if torch.is_tensor(value):
+            return value if times == 1 else value.repeat_interleave(times, dim=0)
+        return [item for item in value for _ in range(times)]
 
     def _mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
@@ -201,7 +205,8 @@ class AdapterLayer(BaseTunerLayer):
             The tensors that change, same shapes; new ones, which the base layer is going to keep.
         """
         raise NotImplementedError(
-            f"{type(self).__name__} acts on activations and has no merged weight. Keep the adapter, or unload() it."
+            f"{self._label or type(self).__name__} acts on activations and has no merged weight. Keep the adapter, or "
+            "unload() it."
         )
 
     def base_tensors(self) -> dict[str, torch.Tensor]:
@@ -273,7 +278,7 @@ class AdapterLayer(BaseTunerLayer):
         for key in self._shared & kept.keys():
             setattr(layer, key, nn.Parameter(kept[key].detach().clone(), kept[key].requires_grad))
         # The tensors themselves: what is merged takes their place and leaves them as they are.
-        return {key: old if key in self._shared else old.data for key, old in kept.items()}
+        return {key: old if key in self._shared else _kept(old) for key, old in kept.items()}
 
     def _restore(self) -> None:
         layer = self.get_base_layer()
@@ -282,7 +287,7 @@ class AdapterLayer(BaseTunerLayer):
                 setattr(layer, key, old)
                 continue
             current = _tensor_at(layer, key)
-            if current.dtype is old.dtype and current.device == old.device:
+            if current.dtype is old.dtype and current.device == old.device and not is_spread(current):
                 current.data = old
             else:  # the model was moved while merged
                 current.data.copy_(old)
@@ -292,8 +297,9 @@ class AdapterLayer(BaseTunerLayer):
         for key, value in tensors.items():
             if key.endswith("weight") and self.quantization_backend is not None:
                 self.quantization_backend.set_base_weight(self, value)
+            elif is_spread(current := _tensor_at(layer, key)):
+                current.data.copy_(value)
             else:
-                current = _tensor_at(layer, key)
                 same_layout = value.stride() == current.stride() and value.device == current.device
                 current.data = value if same_layout else torch.empty_like(current.data).copy_(value)
 
@@ -332,6 +338,11 @@ def note_shared_weights(model: nn.Module, layers: Iterable[Any]) -> None:
             layer.__dict__["_shared"] = frozenset(
                 key for key, value in own.items() if value is not None and users[id(value)] > 1
             )
+
+
+def _kept(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's values as they are before others take their place; of a spread tensor, the place itself is written to."""
+    return tensor.data.clone() if is_spread(tensor) else tensor.data
 
 
 def _tensor_at(layer: nn.Module, name: str) -> torch.Tensor:

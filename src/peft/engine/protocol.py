@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -20,6 +21,8 @@ class BaseTunerLayer(AdapterHolder):
     A mixin, to be combined with `nn.Module`.
     """
 
+    config_argument: ClassVar[str] = "config"
+    """What the constructor calls the configuration."""
     quantization_backend: QuantizationBackend | None = None
     base_layer: nn.Module
 
@@ -112,7 +115,8 @@ class BaseTunerLayer(AdapterHolder):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError(
-            f"{type(self).__name__} acts on activations and has no merged weight. Keep the adapter, or unload() it."
+            f"{self._label or type(self).__name__} acts on activations and has no merged weight. Keep the adapter, or "
+            "unload() it."
         )
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..utils.naming import near_misses
 from ..utils.registry import method
+from ..utils.tensors import is_spread, spread_like
 from .auxiliary import AuxiliaryTrainingWrapper
 from .layer import BaseTunerLayer
 from .lifecycle import Entry, belongs_to_adapter, holders_of
@@ -126,6 +127,8 @@ class AdapterState:
             state = {saved: plain[live] for saved, live in names.items() if live in plain}
         state = {key.replace("_fsdp_wrapped_module.", ""): value for key, value in state.items()}
         state |= self._biases()
+        if getattr(base_model_of(self.model), "_tp_size", None):  # all ranks do this together
+            state = {key: value.full_tensor() if is_spread(value) else value for key, value in state.items()}
         return self._hook("adapter_state_to_save", state)
 
     def _biases(self) -> dict[str, torch.Tensor]:
@@ -271,6 +274,8 @@ def check_finite(tensors: dict[str, torch.Tensor]) -> None:
 
 def _store(entry: Entry, value: torch.Tensor, assign: bool) -> None:
     current = entry.tensor
+    if is_spread(current) and not is_spread(value):
+        value = spread_like(value, current)
     if not assign and not current.is_meta:
         current.data.copy_(value)
         return

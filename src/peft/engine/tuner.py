@@ -198,7 +198,8 @@ class BaseTuner(ForwardsAttributes, nn.Module):
         if backend is not None:
             options["quantization_backend"] = backend
         _correct_fan_in_fan_out(config, base)
-        return layer_cls(target, adapter_name=adapter_name, config=config, **options)
+        options[layer_cls.config_argument] = config
+        return layer_cls(target, adapter_name=adapter_name, **options)
 
     def _quantization_options(self) -> dict[str, Any]:
         return {"model": self.model}
