@@ -35,6 +35,7 @@ TOKENS = {FIRST: [1, 3], SECOND: [0, 5]}
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "LORA": {"r": 2, "lora_alpha": 3},
+    "ADALORA": {"init_r": 2, "target_r": 1, "lora_alpha": 50, "total_step": 10},
     "IA3": {"feedforward_modules": []},
     "LOHA": {"r": 2},
     "LOKR": {"r": 2},
@@ -42,16 +43,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "HRA": {"r": 2},
     "VERA": {"r": 3},
     "FOURIERFT": {"n_frequency": 8, "scaling": 20.0},
+    "POLY": {"r": 2, "n_tasks": 3, "n_skills": 2, "n_splits": 2},
     "TRAINABLE_TOKENS": {"token_indices": TOKENS[FIRST]},
 }
 """Method -> what its configuration needs here beside `target_modules`; a method without an entry needs nothing."""
 
 OTHER_OPTIONS: dict[str, dict[str, Any]] = {
     "LORA": {"r": 4},
+    "ADALORA": {"init_r": 3, "inference_mode": True},  # one adapter is made to train, and others are switched to
     "HRA": {"r": 4},
     "TRAINABLE_TOKENS": {"token_indices": TOKENS[SECOND]},
 }
 """Method -> what is different for its second adapter."""
+
+EACH_ROW: dict[str, dict[str, int]] = {"POLY": {"task_ids": 1}}
+"""Method -> what a call has to give for each row beside the input."""
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "LORA-dora": ("LORA", {"use_dora": True}),
@@ -59,7 +65,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Name -> method and the options with which it computes something else."""
 
-NOT_BY_LAYERS: dict[str, str] = {}
+NOT_BY_LAYERS: dict[str, str] = {
+    "XLORA": "its layers are LoRA's, whose adapters it loads from files and weights all at once",
+}
 """Method -> why it has no place here, though it adapts layers."""
 
 OTHER_START: dict[str, str] = {}
@@ -85,6 +93,7 @@ LIMITS = (
     Limit("LORA", "multihead_attention", "mixed batch", TypeError, "layer does not support mixed batches"),
     Limit("LN_TUNING", "multihead_attention", "mixed batch", TypeError, "layer: a mixed batch needs"),
     Limit("VERA", "multihead_attention|layer_norm", "adapt", ValueError, "layer.*supported are"),
+    Limit("POLY", "linear.*|conv1d_transformers", "merge", NotImplementedError, "layer acts on activations"),
     Limit("TRAINABLE_TOKENS", "conv.d(-.*)?|multihead_attention|layer_norm", "adapt", ValueError, "layer: .*need"),
 )
 """The first that fits counts. Actions: adapt, merge, mixed batch, both at once."""
@@ -271,7 +280,15 @@ class Case:
     def fresh(self, dtype: torch.dtype = torch.float32, config: dict[str, Any] | None = None, **options: Any):
         """The model with one new adapter."""
         base = self.base.make(dtype)
-        return peft.get_peft_model(base, self.variant.config(FIRST, **config or {}), adapter_name=FIRST, **options)
+        model = peft.get_peft_model(base, self.variant.config(FIRST, **config or {}), adapter_name=FIRST, **options)
+        return self.called(model)
+
+    def called(self, model: nn.Module) -> nn.Module:
+        """A model whose calls give what the method needs for each row, beside what they are given."""
+        values = EACH_ROW.get(self.variant.method.peft_type.value)
+        if values:
+            model.register_forward_pre_hook(functools.partial(give_each_row, values), with_kwargs=True)
+        return model
 
     def one(self, dtype: torch.dtype = torch.float32, **options: Any):
         """The model with an adapter that is not where it started."""
@@ -343,6 +360,11 @@ class Case:
             return
         with pytest.raises(limit.error, match=limit.match):
             yield False
+
+
+def give_each_row(values: dict[str, int], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
+    """A forward pre-hook: every row of the input is given these values."""
+    return args, {name: torch.full((len(args[0]),), value) for name, value in values.items()} | kwargs
 
 
 def cases(bases: tuple[Base, ...], adapted: bool = True) -> list[Case]:

@@ -243,7 +243,7 @@ def test_further_arguments_reach_the_base_layer(case, merged):
     base = case.base.make()
     cls = type(base.layer)
     base.layer.__class__ = type(cls.__name__, (Noting, cls), {"notes": []})
-    model = peft.get_peft_model(base, case.variant.config(FIRST), adapter_name=FIRST)
+    model = case.called(peft.get_peft_model(base, case.variant.config(FIRST), adapter_name=FIRST))
     perturb(model, FIRST)
     close(output(model, case.x), output(case.one(), case.x))
     if merged:
@@ -731,6 +731,7 @@ def test_state_dict_goes_into_another_model(case, low_cpu_mem_usage, dtype):
     other = peft.get_peft_model(
         case.base.make(dtype), case.variant.config(FIRST), adapter_name=SECOND, low_cpu_mem_usage=low_cpu_mem_usage
     )
+    case.called(other)
     result = peft.set_peft_model_state_dict(other, saved, adapter_name=SECOND, low_cpu_mem_usage=low_cpu_mem_usage)
     assert result.unexpected_keys == []
     assert not names_of(other, SECOND).intersection(result.missing_keys)
@@ -755,7 +756,7 @@ def test_saved_and_loaded(case, tmp_path):
     second = output(model, case.x)
     model.set_adapter(FIRST)
     model.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(case.base.make(), tmp_path / FIRST, adapter_name=FIRST)
+    loaded = case.called(peft.PeftModel.from_pretrained(case.base.make(), tmp_path / FIRST, adapter_name=FIRST))
     assert trainable(loaded) == set()
     assert same(output(loaded, case.x), first)
     result = loaded.load_adapter(tmp_path / SECOND, SECOND, is_trainable=True, low_cpu_mem_usage=True, strict=True)
@@ -789,7 +790,7 @@ def test_biases_are_trained_and_saved(case, tmp_path):
     for name in biases:
         model.get_parameter(name).data.add_(1.0)
     model.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(case.base.make(), tmp_path / FIRST)
+    loaded = case.called(peft.PeftModel.from_pretrained(case.base.make(), tmp_path / FIRST))
     assert same(output(loaded, case.x), output(model, case.x))
 
 
@@ -804,7 +805,7 @@ def test_a_module_trained_in_full_goes_with_the_adapter(case, tmp_path):
     perturb(model, FIRST)
     expected = output(model, case.x)
     model.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(case.base.make(), tmp_path / FIRST, adapter_name=FIRST)
+    loaded = case.called(peft.PeftModel.from_pretrained(case.base.make(), tmp_path / FIRST, adapter_name=FIRST))
     assert changed(state(model), state(loaded)) == set()
     assert same(output(loaded, case.x), expected)
     with loaded.disable_adapter():
@@ -826,6 +827,7 @@ def test_injected_into_a_model(case, low_cpu_mem_usage):
             peft.inject_adapter_in_model(case.variant.config(FIRST), base, FIRST)
         return
     peft.inject_adapter_in_model(case.variant.config(FIRST), base, FIRST)
+    case.called(base)  # its layers hand on what they are given
     assert trainable(base) == names_of(base, FIRST)
     perturb(base, FIRST)
     assert same(output(base, case.x), output(case.one(), case.x))
@@ -838,6 +840,7 @@ def test_injected_into_a_model(case, low_cpu_mem_usage):
         low_cpu_mem_usage=low_cpu_mem_usage,
         state_dict=saved if low_cpu_mem_usage else None,
     )
+    case.called(other)
     result = peft.set_peft_model_state_dict(other, saved, FIRST, low_cpu_mem_usage=low_cpu_mem_usage)
     assert result.unexpected_keys == []
     assert_equal_models(other, base, case.x)

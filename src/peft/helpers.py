@@ -177,23 +177,18 @@ class MontecloraTrainerMixin:
             kwargs: for the trainer's own `compute_loss`.
 
         Raises:
-            TypeError: the model has no LoRA tuner with a variational loss.
+            TypeError: the model has no LoRA tuner.
         """
-        losses = [_variational_loss_of(module) for module in model.modules() if isinstance(module, LoraModel)]
-        losses = [loss for loss in losses if loss is not None]
-        if not losses:
+        tuners = [module for module in model.modules() if isinstance(module, LoraModel)]
+        if not tuners:
             raise TypeError(
                 f"{type(self).__name__} adds the variational loss of MonteCLoRA adapters, and the model has none. Make one "
                 "with LoraConfig(monteclora_config=...), or use the Trainer without the mixin."
             )
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        loss = loss + sum(variational() for variational in losses) / len(losses)
+        variational = sum(tuner._get_monteclora_loss() for tuner in tuners) / len(tuners)
+        loss = loss + torch.as_tensor(variational, device=loss.device)
         return (loss, outputs) if return_outputs else loss
-
-
-def _variational_loss_of(tuner: LoraModel) -> Callable[[], torch.Tensor | float] | None:
-    names = ("variational_loss", "_get_monteclora_loss")
-    return next((getattr(tuner, name) for name in names if hasattr(type(tuner), name)), None)
 
 
 # ------------------------------------------------------------------------------------------------------- what to adapt

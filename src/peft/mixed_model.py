@@ -21,7 +21,7 @@ from .tuners.mixed.model import MixedModel, check_can_be_mixed
 from .utils.constants import DUMMY_MODEL_CONFIG
 from .utils.forwarding import ForwardsAttributes
 from .utils.naming import check_adapter_name
-from .utils.training import require_input_grads
+from .utils.training import may_use_checkpointing, require_input_grads
 
 
 def _prepare_model_for_gradient_checkpointing(model: nn.Module) -> nn.Module:
@@ -57,7 +57,7 @@ class PeftMixedModel(PushToHubMixin, ForwardsAttributes, nn.Module):
         self.base_model = MixedModel(model, {adapter_name: peft_config}, adapter_name)
         self.base_model._cast_adapter_dtype(adapter_name)
         self.config = getattr(model, "config", dict(DUMMY_MODEL_CONFIG))
-        if getattr(model, "is_gradient_checkpointing", True):
+        if may_use_checkpointing(model):
             _prepare_model_for_gradient_checkpointing(model)
         if hasattr(self.config, "pretraining_tp"):
             # Sliced linear layers would go around the adapters.

@@ -39,8 +39,7 @@ from .utils.forwarding import ForwardsAttributes
 from .utils.naming import check_adapter_name, did_you_mean
 from .utils.peft_types import PeftType, TaskType
 from .utils.registry import method
-from .utils.training import require_input_grads
-
+from .utils.training import may_use_checkpointing, require_input_grads
 
 
 def warn_about_prefix(config: PeftConfig, adapter_name: str) -> None:
@@ -94,7 +93,7 @@ class PeftModel(PushToHubMixin, ForwardsAttributes, nn.Module):
                 self.base_model = tuner_cls(model, {adapter_name: peft_config}, adapter_name)
             self.special_peft_forward_args |= set(self.base_model.special_forward_args)
         self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        if getattr(model, "is_gradient_checkpointing", True):
+        if may_use_checkpointing(model):
             self.prepare_model_for_gradient_checkpointing(model)
         if hasattr(getattr(model, "config", None), "pretraining_tp"):
             # Sliced linear layers would go around the adapters.
@@ -319,7 +318,7 @@ class PeftModel(PushToHubMixin, ForwardsAttributes, nn.Module):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's generate with the active adapters; arguments as `forward`."""
         with self._enable_peft_forward_hooks(*args, **kwargs):
-            return self.get_base_model().generate(*args, **self._without_special(kwargs))
+            return self.base_model.generate(*args, **self._without_special(kwargs))
 
     def get_prompt(
         self, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None

@@ -18,6 +18,7 @@ from torch import nn
 from .config import PeftConfig
 from .peft_model import PeftModel
 from .prompt_inputs import PromptInputs
+from .utils.modules import replaced
 from .utils.peft_types import TaskType
 
 
@@ -80,7 +81,7 @@ class _TaskModel(PeftModel):
             return PromptInputs(self).forward(inputs, task_ids, extra)
         if "task_ids" in self.special_peft_forward_args:  # the method routes by task
             extra["task_ids"] = task_ids
-        with self._enable_peft_forward_hooks(**extra):
+        with self._enable_peft_forward_hooks(**inputs, **extra):
             return self.base_model(**inputs, **self._without_special(extra))
 
 
@@ -223,19 +224,19 @@ class _GeneratingModel(_TaskModel):
         self.base_model_prepare_inputs_for_generation = self.get_base_model().prepare_inputs_for_generation
 
     @contextmanager
-    def _generation(self) -> Iterator[nn.Module]:
+    def _generation(self) -> Iterator[None]:
         """Context in which the base model prepares its inputs through this class, prompt included."""
         base = self.get_base_model()
         if hasattr(self, "generation_config"):
             base.generation_config = self.generation_config
         prepare = _announced_as(self.prepare_inputs_for_generation, base.prepare_inputs_for_generation)
-        with _replaced(base, "prepare_inputs_for_generation", prepare):
+        with replaced(base, "prepare_inputs_for_generation", prepare):
             if not self._uses_prompt:
-                yield base
+                yield
                 return
             room = _with_room(base._prepare_cache_for_generation, PromptInputs(self).cached_tokens)
-            with _replaced(base, "_prepare_cache_for_generation", room):
-                yield base
+            with replaced(base, "_prepare_cache_for_generation", room):
+                yield
 
     def prepare_inputs_for_generation(
         self, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any
@@ -246,20 +247,6 @@ class _GeneratingModel(_TaskModel):
             input_ids = kwargs.pop("input_ids") if "input_ids" in kwargs else args[0]
             return PromptInputs(self).step(prepare, input_ids, kwargs, task_ids)
         return prepare(*args, **kwargs)
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Context in which an object has another attribute than its class says."""
-    before = owner.__dict__.get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if before is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
 
 
 def _announced_as(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -324,8 +311,8 @@ class PeftModelForCausalLM(_GeneratingModel):
         """Generate with the active adapters; arguments of the base model's generate, and `adapter_names`."""
         if self._uses_prompt:
             kwargs = PromptInputs(self).generation_arguments(kwargs)
-        with self._generation() as base, self._enable_peft_forward_hooks(*args, **kwargs):
-            return base.generate(*args, **self._without_special(kwargs))
+        with self._generation(), self._enable_peft_forward_hooks(*args, **kwargs):
+            return self.base_model.generate(*args, **self._without_special(kwargs))
 
 
 class PeftModelForSeq2SeqLM(_GeneratingModel):
@@ -368,5 +355,5 @@ class PeftModelForSeq2SeqLM(_GeneratingModel):
         """Generate with the active adapters; arguments of the base model's generate, and `adapter_names`."""
         if self._uses_prompt:
             kwargs = PromptInputs(self).generation_arguments(kwargs)
-        with self._generation() as base, self._enable_peft_forward_hooks(**kwargs):
-            return base.generate(**self._without_special(kwargs))
+        with self._generation(), self._enable_peft_forward_hooks(**kwargs):
+            return self.base_model.generate(**self._without_special(kwargs))

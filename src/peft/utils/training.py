@@ -84,6 +84,16 @@ def _checkpoint_gradients(model: nn.Module, options: dict[str, Any]) -> None:
     enable()
 
 
+def may_use_checkpointing(model: nn.Module) -> bool:
+    """Whether a model says that it checkpoints activations, or doesn't say.
+
+    Args:
+        model: a base model; one of transformers can tell, under one name or, since 5.23, another.
+    """
+    renamed = hasattr(type(model), "is_activation_checkpointing")
+    return getattr(model, "is_activation_checkpointing" if renamed else "is_gradient_checkpointing", True)
+
+
 def require_input_grads(model: nn.Module) -> None:
     """Let the output of a model's input embeddings require grad; nothing for a model without embeddings.
 
