@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-gpu test-compat quality style docs bench clean
+.PHONY: help demo test test-slow test-gpu test-compat quality style messages docs bench clean
 
 VENV ?= .venv
 COMPAT ?= .venv-compat
@@ -50,10 +50,14 @@ quality: $(VENV)/.installed-quality ## check style, syntax, the direction of imp
 	$(VENV)/bin/python -m compileall -q $(CODE)
 	$(VENV)/bin/python scripts/check_imports.py
 	$(VENV)/bin/python scripts/build_docs.py --check
+	$(VENV)/bin/python scripts/messages.py --check
 
 style: $(VENV)/.installed-quality ## repair what can be repaired by itself
 	$(VENV)/bin/ruff check --fix $(CODE)
 	$(VENV)/bin/ruff format $(FORMATTED)
+
+messages: $(VENV)/.installed-test ## run the tests of LoRA and list in the documentation which raises each error and warning
+	$(RUN) $(VENV)/bin/python scripts/messages.py
 
 docs: $(VENV)/.installed-docs ## render the documentation to build/docs
 	$(VENV)/bin/python scripts/build_docs.py

@@ -26,6 +26,7 @@ TEST = [
     "pytest",
     "pytest-xdist",
     "parameterized",
+    "coverage",
     "scikit-learn",
     "sentencepiece",
     "protobuf",
