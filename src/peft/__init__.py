@@ -68,6 +68,7 @@ _HOMES: dict[str, str] = {
             "load_peft_weights",
             "prepare_model_for_kbit_training",
             "register_peft_method",
+            "replace_lora_weights_loftq",
             "set_peft_model_state_dict",
             "shift_tokens_right",
         ),

@@ -158,6 +158,7 @@ class TrainableTokensLayer(AdapterLayer, nn.Module):
         if self.tied_adapter is None:
             super().refresh(adapter_names)
         else:  # the rows are the other layer's, which says whether they train
+            self.__dict__["_held"] = None
             self._plan = self._make_plan()
 
     def _disable(self) -> None:

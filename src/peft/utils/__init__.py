@@ -27,6 +27,7 @@ _NAMES_BY_MODULE: dict[str, tuple[str, ...]] = {
     ),
     "error": ("NoMatchingPeftModuleError", "PeftError"),
     "integrations": ("map_cache_to_layer_device_map",),
+    "loftq_utils": ("replace_lora_weights_loftq",),
     "other": (
         "AuxiliaryTrainingWrapper",
         "ModulesToSaveWrapper",

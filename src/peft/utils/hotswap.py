@@ -35,6 +35,7 @@ from ..tuners.lora.rank import (
     rank_of,
     with_rank,
 )
+from ..tuners.lora.variant import requested_variants
 from .devices import infer_device
 from .hub import download_parameters
 from .naming import did_you_mean
@@ -105,6 +106,12 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
             raise ValueError(
                 f"The adapters differ in {field}, which cannot be changed in place: {before!r}, {after!r}."
             )
+    before, after = ([name for name in requested_variants(config) if name != "mica"] for config in (config0, config1))
+    if before != after:
+        raise ValueError(
+            "The adapters are of different variants, which cannot be changed in place: "
+            f"{' and '.join(before) or 'plain LoRA'}, {' and '.join(after) or 'plain LoRA'}."
+        )
 
 
 def hotswap_adapter_from_state_dict(
@@ -424,6 +431,12 @@ def _check_preparable(layer: LoraLayer, target_rank: int | None) -> None:
             )
     if target_rank is None:
         return
+    for name, variant in layer.lora_variant.items():
+        if not variant.can_be_padded and layer.r[name] < target_rank:
+            raise ValueError(
+                f"{layer._label} has the adapter {name!r} of rank {layer.r[name]}, a {type(variant).__name__}, whose tensors "
+                f"cannot be padded to target_rank={target_rank}. Swap adapters of its rank only."
+            )
     if target_rank % groups_of(layer):
         raise ValueError(
             f"{layer._label} has {groups_of(layer)} groups, so target_rank must be a multiple of that, got {target_rank}."

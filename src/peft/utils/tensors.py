@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -42,6 +44,7 @@ def is_bare(linear: nn.Module) -> bool:
         and not linear._forward_pre_hooks
         and not linear._backward_hooks
         and not linear._backward_pre_hooks
+        and "forward" not in linear.__dict__
     )
 
 
@@ -73,6 +76,24 @@ def product(B: torch.Tensor, A: torch.Tensor, gains: torch.Tensor | None = None)
     if A.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
         B, A = B.float(), A.float()
     return ((B if gains is None else B * gains.to(B.dtype)) @ A).to(dtype)
+
+
+def is_spread(tensor: Any) -> bool:
+    """Whether a tensor is a `DTensor`, of which each rank holds a part."""
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+
+
+def spread_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, the same on every rank, as a `DTensor` with the placements of another.
+
+    Args:
+        value: the whole tensor.
+        like: a `DTensor`, with or without storage.
+    """
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.to(like.device_mesh.device_type)
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def id_tensor_storage(tensor: torch.Tensor) -> tuple[torch.device, int, int]:

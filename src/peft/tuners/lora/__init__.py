@@ -15,7 +15,9 @@ from .config import (
     VeloraConfig,
 )
 from .conversion import convert_to_lora, save_as_lora
+from .eva import get_eva_state_dict, initialize_lora_eva_weights
 from .layer import Conv2d, Conv3d, Embedding, Linear, LoraLayer, ParamWrapper
+from .loraga import preprocess_loraga
 from .model import LoraModel
 
 __all__ = [
@@ -38,6 +40,9 @@ __all__ = [
     "VeloraConfig",
     "convert_to_lora",
     "create_arrow_model",
+    "get_eva_state_dict",
+    "initialize_lora_eva_weights",
+    "preprocess_loraga",
     "save_as_lora",
 ]
 

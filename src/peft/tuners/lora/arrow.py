@@ -59,6 +59,8 @@ class ArrowLoraLinearLayer(nn.Module):
         arrow_config: its settings.
     """
 
+    called = "The Arrow router"
+    """What messages call it."""
     prototypes: torch.Tensor | None
     owners: torch.Tensor | None
 
@@ -96,21 +98,28 @@ class ArrowLoraLinearLayer(nn.Module):
             lora_A, lora_B: the layer's factors by adapter name; they are not changed.
 
         Raises:
-            ValueError: a general-knowledge adapter is missing, or has another rank than the experts.
+            ValueError: general-knowledge adapters are missing, or have another rank than the experts.
         """
         tasks, general = self.task_adapter_names, self.gks_adapter_names
         A, B = ([factors[name].weight for name in tasks] for factors in (lora_A, lora_B))
         if not self.use_gks:
             return A, B
-        missing = [name for name in general if name not in lora_A]
-        if missing or not general:
+        if not general:
             raise ValueError(
-                f"use_gks subtracts the general-knowledge adapters {general}, of which {missing} are not here. Load them "
-                "under these names, or make the router with use_gks=False."
+                f"{self.called} is to subtract general-knowledge adapters (use_gks), but the gks_adapter_names of its "
+                "ArrowConfig name none. Make it by create_arrow_model(..., general_adapter_paths=...), or with use_gks=False."
+            )
+        missing = [name for name in general if name not in lora_A]
+        if missing:
+            raise ValueError(
+                f"{self.called} subtracts the general-knowledge adapters {general} (use_gks), of which {missing} are not "
+                "here. Load them under these names, or make the router with use_gks=False."
             )
         ranks = {name: len(lora_A[name].weight) for name in (*tasks, *general)}
         if len(set(ranks.values())) > 1:
-            raise ValueError(f"use_gks needs experts and general-knowledge adapters of one rank, got {ranks}.")
+            raise ValueError(
+                f"{self.called} needs experts and general-knowledge adapters of one rank (use_gks), got {ranks}."
+            )
         shared_A, shared_B = (
             torch.stack([factors[name].weight for name in general]).mean(0) for factors in (lora_A, lora_B)
         )
@@ -198,8 +207,8 @@ class ArrowLoraLinearLayer(nn.Module):
         names = self.task_adapter_names
         if self.top_k > len(names):
             raise TooFewExpertsError(
-                f"top_k={self.top_k} experts per token are to be used, but there are {len(names)}: {names}. Give "
-                f"ArrowConfig a top_k of at most {len(names)}, or load more experts."
+                f"{self.called} is to give each token to top_k={self.top_k} experts, but there are {len(names)}: {names}. "
+                f"Give ArrowConfig a top_k of at most {len(names)}, or load more experts."
             )
         if self.prototypes is None:
             self.build_prototypes(lora_A, lora_B)
@@ -224,7 +233,9 @@ class ArrowLinearVariant(LoraVariant):
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
-        module.lora_arrow[adapter_name] = ArrowLoraLinearLayer(module.in_features, config.arrow_config)
+        router = ArrowLoraLinearLayer(module.in_features, config.arrow_config)
+        router.called = f"{module.called}: the Arrow router {adapter_name!r}"
+        module.lora_arrow[adapter_name] = router
 
     @staticmethod
     def adapters_changed(module: LoraLayer, adapter_name: str) -> None:
@@ -272,7 +283,9 @@ def _refuse_merging(module: LoraLayer, adapter: str) -> NoReturn:
 
 def _routable(module: LoraLayer) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """The factors of the adapters that are no routers and whose output is s·B(A(x))."""
-    names = [name for name in module.lora_A if name not in module.lora_arrow and is_plain(module.lora_variant.get(name))]
+    names = [
+        name for name in module.lora_A if name not in module.lora_arrow and is_plain(module.lora_variant.get(name))
+    ]
     return {name: module.lora_A[name] for name in names}, {name: module.lora_B[name] for name in names}
 
 
@@ -430,7 +443,9 @@ def check_loaded_lora_compatibility_arrow(model: nn.Module, adapter_names: list[
 def _check_factors(layer: LoraLayer, name: str, adapter: str, first: str) -> None:
     variant = layer.lora_variant.get(adapter)
     if not is_plain(variant):
-        raise ValueError(f"{name}: the expert {adapter!r} is no plain LoRA adapter (it has a {type(variant).__name__}).")
+        raise ValueError(
+            f"{name}: the expert {adapter!r} is no plain LoRA adapter (it has a {type(variant).__name__})."
+        )
     if layer.r[adapter] != layer.r[first]:
         raise ValueError(
             f"{name}: Arrow's experts must have one rank, got r={layer.r[adapter]} for {adapter!r} and "

@@ -25,6 +25,8 @@ DECOMPOSABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 """A (..., r, in) and B (..., out, r)."""
+Change = Callable[[torch.Tensor], torch.Tensor]
+"""Gives for a base weight, as matrices in float32, what it is going to be; it may overwrite what it is given."""
 
 
 def start_by_decomposition(
@@ -33,10 +35,8 @@ def start_by_decomposition(
     initialiser: str,
     factorise: Callable[[torch.Tensor], Factors],
     quantised: bool = False,
-) -> Factors:
+) -> Change:
     """Give an adapter factors found in the base weight, and leave in it what they do not explain: W <- W - s·B·A.
-
-    The weight is changed once the adapter is in place, or has been loaded, so that nothing is lost if that fails.
 
     Args:
         layer: a LoRA layer that holds the adapter.
@@ -46,7 +46,7 @@ def start_by_decomposition(
         quantised: whether a quantised weight will do, as the values that it stands for.
 
     Returns:
-        What is taken out: A, and B with the scaling in it.
+        The change of the base weight, which is made when nothing can fail any more.
 
     Raises:
         TypeError: the weight has a dtype that cannot be decomposed.
@@ -54,28 +54,35 @@ def start_by_decomposition(
         RuntimeError: it has no values.
     """
     with base_weight_at_hand(layer):
-        A, B = factorise(_checked_matrices(layer, adapter, initialiser, quantised))
+        A, B = factorise(checked_matrices(layer, adapter, initialiser, quantised))
         place_factors(layer, adapter, A, B)
-    taken = A.float(), layer.scaling[adapter] * B.float()
-    when_done(take_out, layer, taken)
-    return taken
+    A, B = A.float(), layer.scaling[adapter] * B.float()
+    return change_when_done(layer, lambda W: W.sub_(B @ A))
 
 
-def take_out(layer: LoraLayer, factors: Factors) -> None:
-    """W <- W - B·A, rounded once.
+def change_when_done(layer: LoraLayer, change: Change) -> Change:
+    """Change a base weight once the adapter is in place, or has been loaded, so that nothing is lost if that fails.
 
     Args:
-        layer: the layer whose base weight changes.
-        factors: A and B, with the scaling in it.
+        layer: a LoRA layer.
+        change: what to do.
+
+    Returns:
+        It, for those who need to know what the weight is going to be.
     """
+    when_done(_change, layer, change)
+    return change
+
+
+def _change(layer: LoraLayer, change: Change) -> None:
     with base_weight_at_hand(layer):
-        write_base_matrices(layer, left_over(layer, factors))
+        write_base_matrices(layer, change(base_matrices(layer)))
 
 
-def left_over(layer: LoraLayer, factors: Factors) -> torch.Tensor:
-    """W - B·A in float32, as matrices; arguments as `take_out`."""
-    A, B = factors
-    return base_matrices(layer).sub_(B @ A)
+def changed_weight(layer: LoraLayer, change: Change) -> torch.Tensor:
+    """What the base weight is going to be, in its own layout and dtype."""
+    with base_weight_at_hand(layer):
+        return _as_stored(layer, change(base_matrices(layer)))
 
 
 @contextmanager
@@ -89,11 +96,14 @@ def base_weight_at_hand(layer: LoraLayer) -> Iterator[None]:
         yield
 
 
-def _checked_matrices(layer: LoraLayer, adapter: str, initialiser: str, quantised: bool) -> torch.Tensor:
+def checked_matrices(layer: LoraLayer, adapter: str, initialiser: str, quantised: bool = False) -> torch.Tensor:
+    """`base_matrices` of a weight that can be changed; arguments and errors as `start_by_decomposition`."""
     weight = layer.weight
     about = f"{layer.called}: init_lora_weights={initialiser!r} of the adapter {adapter!r}"
     if weight.is_meta:
-        raise RuntimeError(f"{about} needs the base weight, which is on the meta device. Load the model's weights first.")
+        raise RuntimeError(
+            f"{about} needs the base weight, which is on the meta device. Load the model's weights first."
+        )
     if layer.merged_adapters:
         raise ValueError(
             f"{about} changes the base weight, but {layer.merged_adapters} are merged into it. Call unmerge_adapter() first."
@@ -119,15 +129,16 @@ def base_matrices(layer: LoraLayer) -> torch.Tensor:
 
 def write_base_matrices(layer: LoraLayer, matrices: torch.Tensor) -> None:
     """Make these the base weight, in its own layout and dtype."""
+    layer.set_base_weight(_as_stored(layer, matrices))
+
+
+def _as_stored(layer: LoraLayer, matrices: torch.Tensor) -> torch.Tensor:
     weight = layer.get_base_weight()
-    layer.set_base_weight(own_layout(layer, matrices).to(weight.dtype).contiguous())
-
-
-def own_layout(layer: LoraLayer, matrices: torch.Tensor) -> torch.Tensor:
-    """Matrices as the base weight is stored."""
     if _is_stack(layer):
-        return matrices.mT if layer.is_transposed else matrices
-    return matrices.T if layer.fan_in_fan_out else matrices.view(layer.get_base_weight().shape)
+        matrices = matrices.mT if layer.is_transposed else matrices
+    elif layer.fan_in_fan_out:
+        matrices = matrices.T
+    return matrices.reshape(weight.shape).to(weight.dtype).contiguous()
 
 
 def _is_stack(layer: LoraLayer) -> bool:

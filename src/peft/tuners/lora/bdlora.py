@@ -122,6 +122,8 @@ class BdLoraLinearVariant(LoraVariant):
     A block-diagonal B has no bias, whatever `lora_bias` says.
     """
 
+    can_be_padded = False
+
     @staticmethod
     def check(module: LoraLayer, adapter_name: str, r: int, config: LoraConfig, **kwargs: Any) -> None:
         nblocks = config.use_bdlora.nblocks

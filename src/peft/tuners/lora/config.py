@@ -100,7 +100,7 @@ class CordaConfig:
         covariance_file: where the covariances are kept.
         corda_method: adapt to the context ("ipm") or preserve knowledge ("kpm").
         verbose: print shapes.
-        use_float16_for_covariance: halve the memory of covariances.
+        use_float16_for_covariance: keep covariances in the dtype of the inputs; of use where that is a half one.
         prune_temporary_fields: drop what the preparation left on the modules.
     """
 
@@ -157,6 +157,9 @@ class LoraGAConfig:
 @dataclass
 class KasaConfig:
     """Knowledge-aware singular-value adaptation (arXiv 2412.06071).
+
+    It takes as many singular components out of the base weights as the adapter has ranks, the smallest ones, and leaves
+    them out when the adapter is disabled or unloaded; `peft.tuners.lora.kasa.restore_base_weights` puts them back.
 
     Args:
         beta: weight of the singular-value penalty.
@@ -246,7 +249,9 @@ def as_config(cls: type, value: Any, field_name: str) -> Any:
         takes = {entry.name: entry.init for entry in fields(cls)}
         config = cls(**{key: item for key, item in value.items() if takes.get(key)})
         for name in (key for key in value if takes.get(key) is False):
-            setattr(config, name, value[name])  # no argument, since it is found when the adapter is made; saved with it
+            setattr(
+                config, name, value[name]
+            )  # no argument, since it is found when the adapter is made; saved with it
         return config
     raise TypeError(f"{field_name} must be a {cls.__name__} or a dictionary, got {type(value).__name__}.")
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ...engine.kinds import kind_of
 from ...engine.matching import get_pattern_key
 from ...engine.undo import when_done
-from .base_weight import Factors, start_by_decomposition
+from .base_weight import Change, Factors, start_by_decomposition
 from .initialisers import initialiser
 from .preparation import (
     device_of,
@@ -32,7 +32,7 @@ from .preparation import (
 )
 
 if TYPE_CHECKING:
-    from .config import CordaConfig, LoraConfig
+    from .config import LoraConfig
     from .layer import LoraLayer
 
 DAMPING = 0.01
@@ -81,7 +81,9 @@ def preprocess_corda(
     """
     config = lora_config.corda_config
     if config is None:
-        raise ValueError("preprocess_corda needs a configuration with corda_config=CordaConfig(...); corda_config is None.")
+        raise ValueError(
+            "preprocess_corda needs a configuration with corda_config=CordaConfig(...); corda_config is None."
+        )
     _check_method(config.corda_method)
     targets = some_linear_targets(model, lora_config, "corda")
     if has_content(config.cache_file):
@@ -171,7 +173,9 @@ def calib_cov_distribution(
     if has_content(covariance_file):
         covariances = _read_covariances(covariance_file, targets)
     elif run_model is None:
-        raise ValueError("Give run_model: there is neither a cache file nor a covariance file that could be read instead.")
+        raise ValueError(
+            "Give run_model: there is neither a cache file nor a covariance file that could be read instead."
+        )
     else:
         hooked = dict(linear_targets(hooked_model or model, config))
         covariances = _covariances(hooked, run_model, config.corda_config.use_float16_for_covariance)
@@ -181,9 +185,7 @@ def calib_cov_distribution(
         module.covariance_matrix = covariances[name].to(module.weight.device)
 
 
-def _covariances(
-    targets: dict[str, nn.Module], run_model: Callable[[], None], half: bool
-) -> dict[str, torch.Tensor]:
+def _covariances(targets: dict[str, nn.Module], run_model: Callable[[], None], half: bool) -> dict[str, torch.Tensor]:
     sums = {name: _Covariance(name, half) for name in targets}
     hooks = [module.register_forward_hook(sums[name]) for name, module in targets.items()]
     try:
@@ -229,7 +231,10 @@ class _Covariance:
 
 def _read_covariances(path: str | os.PathLike, targets: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
     tensors, where = read_tensors(path, "covariance file"), f"The covariance file {os.fspath(path)!r}"
-    return {name: entry_of(tensors, name, 2 * kind_of(module).features(module)[:1], where) for name, module in targets.items()}
+    return {
+        name: entry_of(tensors, name, 2 * kind_of(module).features(module)[:1], where)
+        for name, module in targets.items()
+    }
 
 
 # ------------------------------------------------------------------------------------------------------- decompositions
@@ -310,12 +315,12 @@ def _crop(module: nn.Module) -> None:
 
 
 def _named_eigens(targets: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
-    return {f"{name}.eigens.{key}": value for name, module in targets.items() for key, value in vars(module.eigens).items()}
+    return {
+        f"{name}.eigens.{key}": value for name, module in targets.items() for key, value in vars(module.eigens).items()
+    }
 
 
-def _read_eigens(
-    path: str | os.PathLike, targets: dict[str, nn.Module], config: LoraConfig
-) -> dict[str, CordaEigens]:
+def _read_eigens(path: str | os.PathLike, targets: dict[str, nn.Module], config: LoraConfig) -> dict[str, CordaEigens]:
     tensors, where = read_tensors(path, "cache file"), f"The cache file {os.fspath(path)!r}"
     found = {}
     for name, module in targets.items():
@@ -331,7 +336,7 @@ def _read_eigens(
 
 
 @initialiser("corda", changes_base=True)
-def corda(layer: LoraLayer, adapter: str, value: str, config: LoraConfig | None = None) -> Factors | None:
+def corda(layer: LoraLayer, adapter: str, value: str, config: LoraConfig | None = None) -> Change:
     """Start with the part of the base weight that matters most (ipm) or least (kpm) to the sample inputs.
 
     Args:
@@ -353,9 +358,9 @@ def corda(layer: LoraLayer, adapter: str, value: str, config: LoraConfig | None 
             "the data of its training. An adapter saved with path_initial_model_for_weight_conversion needs none of this."
         )
     _check_eigens(eigens, layer, rank, where)
-    taken = start_by_decomposition(layer, adapter, value, lambda W: context_factors(eigens, scaling))
+    change = start_by_decomposition(layer, adapter, value, lambda W: context_factors(eigens, scaling))
     when_done(_forget, [base], ["eigens"])
-    return taken
+    return change
 
 
 def _check_eigens(eigens: CordaEigens, layer: LoraLayer, rank: int, where: str) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ...engine.backends import dense_weight
 from ...utils.tensors import add_product, is_bare
-from .base_weight import Factors, base_weight_at_hand, left_over, own_layout
+from .base_weight import Change, changed_weight
 from .variant import LoraVariant, register_variant
 
 if TYPE_CHECKING:
@@ -259,7 +259,7 @@ def _factors(module: LoraLayer, adapter: str) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _add_magnitude(
-    module: LoraLayer, adapter: str, magnitude_cls: type[DoraLinearLayer], taken_out: Factors | None = None
+    module: LoraLayer, adapter: str, magnitude_cls: type[DoraLinearLayer], base_change: Change | None = None
 ) -> None:
     magnitude = magnitude_cls(fan_in_fan_out=getattr(module, "fan_in_fan_out", False))
     A, B = _factors(module, adapter)
@@ -269,16 +269,15 @@ def _add_magnitude(
         lora_B=B,
         scaling=module.scaling[adapter],
         place_on_cpu=module.ephemeral_gpu_offload and A.device.type == "cpu",
-        weight=_weight_to_be(module, taken_out),
+        weight=_weight_to_be(module, base_change),
     )
     module.lora_magnitude_vector[adapter] = magnitude
 
 
-def _weight_to_be(module: LoraLayer, taken_out: Factors | None) -> torch.Tensor | None:
+def _weight_to_be(module: LoraLayer, base_change: Change | None) -> torch.Tensor | None:
     """The base weight that the adapter is going to have, where it is not the one that the base layer has now."""
-    if taken_out is not None:
-        with base_weight_at_hand(module):
-            return own_layout(module, left_over(module, taken_out)).to(module.get_base_weight().dtype)
+    if base_change is not None:
+        return changed_weight(module, base_change)
     return module.unmerged_weight() if module.merged_adapters else None
 
 
@@ -312,7 +311,7 @@ class DoraLinearVariant(LoraVariant):
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
-        _add_magnitude(module, adapter_name, DoraLinearLayer, kwargs.get("taken_out"))
+        _add_magnitude(module, adapter_name, DoraLinearLayer, kwargs.get("base_change"))
 
     @staticmethod
     def forward(
@@ -379,7 +378,7 @@ class DoraConv1dVariant(_DoraConvNdVariant):
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, config: Any, **kwargs: Any) -> None:
-        _add_magnitude(module, adapter_name, DoraConv1dLayer, kwargs.get("taken_out"))
+        _add_magnitude(module, adapter_name, DoraConv1dLayer, kwargs.get("base_change"))
 
 
 @register_variant("use_dora", kinds=("conv2d",))
@@ -388,7 +387,7 @@ class DoraConv2dVariant(_DoraConvNdVariant):
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, config: Any, **kwargs: Any) -> None:
-        _add_magnitude(module, adapter_name, DoraConv2dLayer, kwargs.get("taken_out"))
+        _add_magnitude(module, adapter_name, DoraConv2dLayer, kwargs.get("base_change"))
 
 
 @register_variant("use_dora", kinds=("conv3d",))
@@ -397,4 +396,4 @@ class DoraConv3dVariant(_DoraConvNdVariant):
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, config: Any, **kwargs: Any) -> None:
-        _add_magnitude(module, adapter_name, DoraConv3dLayer, kwargs.get("taken_out"))
+        _add_magnitude(module, adapter_name, DoraConv3dLayer, kwargs.get("base_change"))

@@ -117,7 +117,9 @@ class SVDHook(_Hook):
     def __call__(self, model: nn.Module, input: Any, output: Any) -> None:
         rows = self.gather_layer_inputs(self.prepare_layer_inputs(input))
         if len(rows) < self.n_components:
-            tqdm.write(f"Skipped a batch for {self.name}: it has {len(rows)} tokens, fewer than {self.n_components} components.")
+            tqdm.write(
+                f"Skipped a batch for {self.name}: it has {len(rows)} tokens, fewer than {self.n_components} components."
+            )
             return
         before = self.svd.components_ if self.updates else None
         self.svd.partial_fit(rows.float())
@@ -315,7 +317,9 @@ def get_eva_state_dict(
         peft_config = _config_of(model, adapter_name)
     layers = _layers_of(model, adapter_name) if adapted else _plain_layers(model, peft_config)
     if not layers:
-        raise ValueError(f"EVA finds no layer to look at: target_modules={peft_config.target_modules} selects no linear layer.")
+        raise ValueError(
+            f"EVA finds no layer to look at: target_modules={peft_config.target_modules} selects no linear layer."
+        )
     search = _Search(
         model,
         {name: module for name, (module, _) in layers.items()},
@@ -433,7 +437,7 @@ class _Search:
 
     def _pending(self) -> list[str]:
         """The layers of which some component that they need has not converged."""
-        needed = {name: 0 for name in self.hooks}
+        needed = dict.fromkeys(self.hooks, 0)
         for name, finder in self.finder.items():
             needed[finder] = max(needed[finder], self.ranks[name])
         return [name for name, hook in self.hooks.items() if not hook.converged[: needed[name]].all()]
@@ -544,7 +548,9 @@ def initialize_lora_eva_weights(
         )
     if eva_state_dict is None:
         if dataloader is None:
-            raise ValueError("initialize_lora_eva_weights needs a dataloader, or the eva_state_dict that was found with one.")
+            raise ValueError(
+                "initialize_lora_eva_weights needs a dataloader, or the eva_state_dict that was found with one."
+            )
         eva_state_dict = get_eva_state_dict(
             model,
             dataloader,
@@ -565,7 +571,9 @@ def initialize_lora_eva_weights(
 def _check_model(model: nn.Module, adapter_name: str) -> None:
     tuner = getattr(model, "base_model", None)
     if not hasattr(model, "peft_config") or not hasattr(tuner, "layer_options"):
-        raise ValueError(f"initialize_lora_eva_weights needs a PeftModel with a LoRA adapter, got a {type(model).__name__}.")
+        raise ValueError(
+            f"initialize_lora_eva_weights needs a PeftModel with a LoRA adapter, got a {type(model).__name__}."
+        )
     active = model.active_adapters
     if len(active) > 1:
         raise ValueError(f"initialize_lora_eva_weights needs one active adapter, but {active} are active.")
@@ -620,7 +628,9 @@ class _Loading:
         config = self.config
         adjust = (config.eva_config or EvaConfig()).adjust_scaling_factors
         rank_pattern, alpha_pattern = {}, {}
-        targets = {name for name, layer in kept.items() if not isinstance(layer, ParamWrapper) and ".base_layer." not in name}
+        targets = {
+            name for name, layer in kept.items() if not isinstance(layer, ParamWrapper) and ".base_layer." not in name
+        }
         for name in kept:
             layer = kept[name]
             before, alpha = layer.r[self.adapter], layer.lora_alpha[self.adapter]
@@ -642,7 +652,9 @@ class _Loading:
         fresh = any(parameter.is_meta for _, _, _, parameter in layer.adapter_parameters([adapter]))
         if fresh or (components is not None and len(components) != layer.r[adapter]):
             key = f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
-            layer.update_layer(adapter, config=self.config, **self.tuner.layer_options(self.config, adapter, key, layer))
+            layer.update_layer(
+                adapter, config=self.config, **self.tuner.layer_options(self.config, adapter, key, layer)
+            )
         if components is None:
             layer.reset_lora_parameters(adapter, True)
         else:

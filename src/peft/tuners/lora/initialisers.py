@@ -18,12 +18,12 @@ from torch import nn
 from ...utils.naming import near_misses
 
 if TYPE_CHECKING:
-    from .base_weight import Factors
+    from .base_weight import Change
     from .config import LoraConfig
     from .layer import LoraLayer
 
-Start = Callable[["LoraLayer", str, str, "LoraConfig | None"], "Factors | None"]
-"""Gives what it takes out of the base weight, if it does."""
+Start = Callable[["LoraLayer", str, str, "LoraConfig | None"], "Change | None"]
+"""Gives the change of the base weight, if it makes one."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def changes_base(value: Any) -> bool:
 
 def initialise(
     layer: LoraLayer, adapter: str, value: bool | str | None, config: LoraConfig | None = None
-) -> Factors | None:
+) -> Change | None:
     """Start an adapter's factors as `init_lora_weights` says.
 
     Args:
@@ -91,7 +91,7 @@ def initialise(
         config: the adapter's configuration, with settings that some initialisers have.
 
     Returns:
-        What it takes out of the base weight: A, and B with the scaling in it; None if the weight stays as it is.
+        The change that it makes to the base weight, None for none.
 
     Raises:
         ValueError: no such initialiser, or one that does not go with this kind of layer.

@@ -224,6 +224,7 @@ class KasaLinearVariant(LoraVariant):
     """
 
     containers = {"lora_diag": nn.ParameterDict}
+    can_be_padded = False
 
     @staticmethod
     def check(module: LoraLayer, adapter_name: str, r: int, config: LoraConfig, **kwargs: Any) -> None:

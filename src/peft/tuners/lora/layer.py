@@ -21,10 +21,11 @@ from ...engine.scaling import Scaling
 from ...utils.buffer_dict import BufferDict
 from ...utils.constants import ALLOWED_COMPUTE_DTYPES, UPCAST_DTYPES
 from ...utils.integrations import dequantize_module_weight, gather_params_ctx, get_bnb_param_type, skip_init_on_device
-from ...utils.tensors import add_product, bare_linear, is_bare, product, transpose
+from ...utils.tensors import add_product, bare_linear, is_bare, is_spread, product, transpose
 from ...utils.warning import PeftWarning
 from .initialisers import initialise
 from .loraga import start_by_gradient
+from .tensor_parallel import look_up, spread
 from .variant import LoraVariant, VariantTable, requested_variants, resolve_variant, variants_on
 
 if TYPE_CHECKING:
@@ -117,14 +118,17 @@ class LoraLayer(AdditiveLayer):
         self.lora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.scaling[adapter_name] = self.initial_scaling(adapter_name)
         self._make_factors(adapter_name, r, config.lora_bias)
-        tied, taken_out = kwargs.get("tied_adapter"), None
+        tied, base_change = kwargs.get("tied_adapter"), None
         if tied is not None:
             self._share_factors(adapter_name, tied)
         else:
-            taken_out = initialise(self, adapter_name, config.init_lora_weights, config)
+            base_change = initialise(self, adapter_name, config.init_lora_weights, config)
         self._forget_variant(adapter_name)
         if variant is not None:
-            self._add_variant(variant, adapter_name, config, taken_out=taken_out, **kwargs)
+            self._add_variant(variant, adapter_name, config, base_change=base_change, **kwargs)
+        if kwargs.get("tensor_parallel") is not None:
+            self._move_adapter_to_device_of_base_layer(adapter_name)
+            spread(self, adapter_name, *kwargs["tensor_parallel"])
         self._settle(adapter_name, inference_mode=config.inference_mode)
 
     def _add_variant(self, variant: LoraVariant, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
@@ -528,11 +532,13 @@ class Embedding(LoraLayer, nn.Module):
 
     def term(self, x: torch.Tensor, adapter: str, gains: torch.Tensor | None = None) -> torch.Tensor:
         A, B = self.factors(adapter)
-        hidden = self.embed(x, A.T)
+        hidden, B = self.embed(x, A.T), B.to_local() if is_spread(B) else B
         return ((hidden if gains is None else hidden * gains) @ B.T) * self.scaling[adapter]
 
     def embed(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """Rows of a table (entries, r), looked up and scaled as the base layer does it."""
+        if is_spread(table):
+            return look_up(self.get_base_layer(), x, table)
         return EMBEDDING.apply(self.get_base_layer(), x, table)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:

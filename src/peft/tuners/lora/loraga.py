@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ...engine.injection import Injection
 from ...engine.undo import when_done
-from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from ...utils.warning import PeftWarning
-from .base_weight import Factors, start_by_decomposition
+from .base_weight import Change, Factors, start_by_decomposition
 from .initialisers import initialiser, uniform_a
 from .preparation import (
     device_of,
@@ -78,19 +76,12 @@ def preprocess_loraga(
 
 
 def _targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-    if config.target_modules is None:
-        model_type = Injection.model_config(model).get("model_type")
-        if model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
-            raise ValueError(
-                f"target_modules is not set, and there is no default for the model type {model_type!r}. Name the modules to "
-                "adapt, or use target_modules='all-linear'."
-            )
-        targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model_type]
-        config.target_modules = targets if isinstance(targets, str) else set(targets)
     found = some_linear_targets(model, config, "lora_ga")
     quantised = [name for name, module in found.items() if hasattr(module, "quant_state")]
     if quantised:
-        raise ValueError(f"{quantised[0]} is quantised, and LoRA-GA needs gradients by full weights. Load it unquantised.")
+        raise ValueError(
+            f"{quantised[0]} is quantised, and LoRA-GA needs gradients by full weights. Load it unquantised."
+        )
     return found
 
 
@@ -143,7 +134,9 @@ def _gradients(
     finally:
         for hook in hooks:
             hook.remove()
-    gradients = {name: gradient.div_(passes[name]) for name, gradient in found.items() if passes[name] and gradient is not None}
+    gradients = {
+        name: gradient.div_(passes[name]) for name, gradient in found.items() if passes[name] and gradient is not None
+    }
     if not gradients:
         raise ValueError(
             f"train_step left no gradient at any of the {len(targets)} targets of LoRA-GA. It must call backward() on a loss "
@@ -182,12 +175,12 @@ def _read(path: str | os.PathLike, targets: dict[str, nn.Module]) -> dict[str, t
 
 
 @initialiser("lora_ga", changes_base=True)
-def lora_ga(layer: LoraLayer, adapter: str, value: str, config: LoraConfig | None = None) -> Factors | None:
+def lora_ga(layer: LoraLayer, adapter: str, value: str, config: LoraConfig | None = None) -> Change | None:
     """Start an adapter as `start_by_gradient`, with the settings of a configuration."""
     return start_by_gradient(layer, adapter, None if config is None else config.lora_ga_config)
 
 
-def start_by_gradient(layer: LoraLayer, adapter: str, config: LoraGAConfig | None) -> Factors | None:
+def start_by_gradient(layer: LoraLayer, adapter: str, config: LoraGAConfig | None) -> Change | None:
     """Start along the gradient, so that the first steps go where full fine-tuning would; the base keeps W - s·B·A.
 
     Without a gradient at the base layer, as when a saved adapter is loaded, the start is uniform and changes no weight.
@@ -207,7 +200,7 @@ def start_by_gradient(layer: LoraLayer, adapter: str, config: LoraGAConfig | Non
         return None
     if config is None:
         raise ValueError(
-            f"The adapter {adapter!r} with init_lora_weights='lora_ga' needs lora_ga_config=LoraGAConfig(...) in its LoraConfig."
+            f"The adapter {adapter!r} with init_lora_weights='lora_ga' needs lora_ga_config=LoraGAConfig(...)."
         )
     gradient = gradient.T if layer.fan_in_fan_out else gradient
     rank, scaling, dtype = layer.r[adapter], layer.scaling[adapter], layer.weight.dtype
@@ -217,15 +210,20 @@ def start_by_gradient(layer: LoraLayer, adapter: str, config: LoraGAConfig | Non
         A, B = gradient_factors(W, gradient.float(), rank, scaling, config, height)
         return A.to(dtype), B.to(dtype)
 
-    taken = start_by_decomposition(layer, adapter, "lora_ga", factorise)
+    change = start_by_decomposition(layer, adapter, "lora_ga", factorise)
     when_done(base.__dict__.pop, GRADIENT, None)
-    return taken
+    return change
 
 
 def _start_without_gradient(layer: LoraLayer, adapter: str) -> None:
-    if next(iter(layer.lora_A[adapter].parameters())).is_meta:
-        return
-    uniform_a(layer, adapter)
+    warnings.warn(
+        f"The adapter {adapter!r} with init_lora_weights='lora_ga' starts as with True and changes no base weight, since "
+        "preprocess_loraga left no gradients. If it was trained with them, it gives other outputs now, unless it was saved "
+        "with path_initial_model_for_weight_conversion.",
+        PeftWarning,
+    )
+    if not layer.lora_A[adapter].weight.is_meta:
+        uniform_a(layer, adapter)
 
 
 def gradient_factors(

@@ -19,11 +19,15 @@ from ...engine.tuner import BaseTuner
 from ...engine.tying import input_embedding_name, save_tied_copies
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from .alora import is_alora_relevant_in_batch, knowing_offsets
-from .config import MUTATES_BASE, LoraConfig
+from .config import LoraConfig
+from .initialisers import changes_base
 from .kasa import check_beside, kasa_loss
 from .layer import LAYER_CLASSES, Embedding, LoraLayer, ParamWrapper, dispatch_default
 from .monteclora import mean_variational_loss
+from .mutated_init import convert_mutated_init, warn_of_changed_base, without_initial
 from .rank import without_padding
+from .tensor_parallel import add_lora_tp_hooks_dtensor, get_tp_plan_and_mesh, placement_for
+from .tp_layer import dispatch_megatron
 from .weighted import WeightedAdapter
 
 STATE_SPACE_MODELS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
@@ -67,7 +71,27 @@ class LoraModel(BaseTuner):
     @staticmethod
     def changes_base_at_start(config: LoraConfig) -> bool:
         """Whether the adapter's start takes something out of the base weight, so that loading must run it again."""
-        return isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(MUTATES_BASE)
+        return changes_base(config.init_lora_weights)
+
+    convert_mutated_init = staticmethod(convert_mutated_init)
+
+    def subtract_mutated_init(
+        self, output_state_dict: dict[str, torch.Tensor], adapter_name: str, kwargs: dict[str, Any] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Factors for the original base model, at twice the rank: what an adapter learnt, less what it started as.
+
+        Args:
+            output_state_dict: the trained adapter's tensors by their names on disk.
+            adapter_name: the adapter as it was before it was trained, loaded into this model.
+            kwargs: of no effect.
+
+        Returns:
+            A and B by their names on disk.
+
+        Raises:
+            ValueError: loading the initial adapter changed the base weights, or it is another one.
+        """
+        return without_initial(self, output_state_dict, adapter_name)
 
     def layer_options(self, config: LoraConfig, adapter_name: str, key: str, target: nn.Module) -> dict[str, Any]:
         options: dict[str, Any] = {
@@ -78,7 +102,9 @@ class LoraModel(BaseTuner):
         }
         if key in (getattr(config, "target_modules_to_tie", None) or ()):
             options["tied_adapter"] = self._tied_factors(adapter_name)
-        return options
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        placement = placement_for(self.model, key, base, config)
+        return options if placement is None else options | {"tensor_parallel": placement}
 
     def _tied_factors(self, adapter_name: str) -> dict[str, torch.Tensor]:
         """The factors of a head that is tied to the embedding: the embedding's, swapped and transposed."""
@@ -128,6 +154,9 @@ class LoraModel(BaseTuner):
         for base_cls, layer_cls in (lora_config._custom_modules or {}).items():
             if isinstance(base, base_cls):
                 return layer_cls(target, adapter_name, config=lora_config, **options)
+        parallel = dispatch_megatron(target, adapter_name, lora_config, **options)
+        if parallel is not None:
+            return parallel
         return super()._create_new_module(lora_config, adapter_name, target, **options)
 
     def _convert_adapter_config(self, peft_config: LoraConfig, model: nn.Module) -> None:
@@ -165,11 +194,17 @@ class LoraModel(BaseTuner):
     def _check_new_adapter_config(self, config: LoraConfig) -> None:
         super()._check_new_adapter_config(config)
         check_beside(config, ((name, other) for name, other in self.peft_config.items() if other is not config))
-        if config.use_qalora and getattr(self.model, "quantization_method", None) != "gptq" and not config._custom_modules:
+        if (
+            config.use_qalora
+            and getattr(self.model, "quantization_method", None) != "gptq"
+            and not config._custom_modules
+        ):
             warnings.warn(
                 "use_qalora is for layers that GPTQ has quantised. This model has none, so the adapter's A sees every input."
             )
         others = [other for other in self.peft_config.values() if other is not config]
+        if others:
+            warn_of_changed_base(self.peft_config)
         wanted = set(config.target_parameters or ())
         if any(set(getattr(other, "target_parameters", None) or ()) != wanted for other in others):
             if wanted or any(getattr(other, "target_parameters", None) for other in others):
@@ -287,4 +322,10 @@ class LoraModel(BaseTuner):
         peft_config.target_modules_to_tie = tied_weight_keys
 
 
-__all__ = ["LoraModel", "dispatch_default"]
+__all__ = [
+    "LoraModel",
+    "add_lora_tp_hooks_dtensor",
+    "dispatch_default",
+    "dispatch_megatron",
+    "get_tp_plan_and_mesh",
+]

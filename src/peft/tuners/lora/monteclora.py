@@ -34,7 +34,7 @@ class MontecloraSampler(nn.Module):
     """The noise of one adapter: its learnt parameters, and what is sampled from them.
 
     Args:
-        in_features: of the layer.
+        in_features: the inputs of A.
         out_features: the rank r, since it is A that is sampled.
         num_samples: N.
         use_entropy: add Σ p² to the loss.
@@ -83,13 +83,16 @@ class MontecloraSampler(nn.Module):
         options = {"device": self.std_prior.device, "dtype": torch.float32}
         rank, samples = self.out_features, self.num_samples
         normal = torch.randn(rank, rank, **options)
+        with self._in_float32():
+            wishart = normal.T @ normal
         return {
             "z_mvn": torch.randn(samples, self.in_features, rank, **options),
-            "z_wishart": normal.T @ normal,
+            "z_wishart": wishart,
             "z_dirichlet": torch.randn(samples, **options),
         }
 
-    # Float32, whatever autocast says: exponentials and square roots of small numbers.
+    def _in_float32(self) -> torch.autocast:
+        return torch.autocast(self.std_prior.device.type, enabled=False)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Sample.
@@ -99,7 +102,7 @@ class MontecloraSampler(nn.Module):
         """
         drawn = self.draw()
         self._last = {name: drawn[name] for name in ("z_wishart", "z_dirichlet")}
-        with torch.autocast(self.std_prior.device.type, enabled=False):
+        with self._in_float32():
             covariance, weights = self._sampled(self._last)
             noise = self.multivariate_reparameterization(drawn["z_mvn"], covariance)
         with torch.no_grad():
@@ -135,7 +138,8 @@ class MontecloraSampler(nn.Module):
             z_mvn: standard normal, (..., r).
             cov_matrix: a diagonal matrix, (r, r).
         """
-        return self.sample_scaler * (z_mvn * cov_matrix.diagonal().sqrt()).nan_to_num(1e-3)
+        noise = z_mvn * cov_matrix.diagonal().sqrt()
+        return self.sample_scaler * torch.where(noise.isnan(), 1e-3, noise)
 
     def dirichlet_reparameterization(self, alpha: torch.Tensor, z_dirichlet: torch.Tensor) -> torch.Tensor:
         """The normal whose softmax is close to Dirichlet(α) (the Laplace bridge).
@@ -187,7 +191,7 @@ class MontecloraSampler(nn.Module):
         """
         if not self.training:
             return 0.0, 0.0
-        with torch.autocast(self.std_prior.device.type, enabled=False):
+        with self._in_float32():
             if self._last is None:
                 covariance, weights = self.gaussian_var_prior.float(), self.expert_weights.float()
             else:
@@ -227,18 +231,24 @@ class BufferedMontecloraSampler:
         return {name: value.to(self.device or value.device) for name, value in self.model.draw().items()}
 
 
-@register_variant("monteclora_config", kinds=("linear", "conv1d_transformers"))
+@register_variant(
+    "monteclora_config", kinds=("linear", "conv1d_transformers", "embedding", "conv1d", "conv2d", "conv3d")
+)
 class MontecloraLinearVariant(LoraVariant):
-    """MonteCLoRA on a linear layer: plain LoRA in eval mode, samples of A in training."""
+    """MonteCLoRA: plain LoRA in eval mode, samples of A in training.
+
+    The window of a convolution counts as inputs, and so do the entries of an embedding.
+    """
 
     containers: ClassVar[dict[str, Callable[[], Any]]] = {"lora_monteclora_sampler": nn.ModuleDict}
     plain_at_inference = True
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
+        A, _ = module.factors(adapter_name)
         module.lora_monteclora_sampler[adapter_name] = MontecloraSampler(
-            module.in_features,
-            module.r[adapter_name],
+            A[0].numel(),
+            len(A),
             **vars(config.monteclora_config),
             device=module.empty(0).device,
         )
@@ -247,20 +257,26 @@ class MontecloraLinearVariant(LoraVariant):
     def forward(
         module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
+        if not module.training:
+            return result + module.term(x, active_adapter)
+        scaling, weight = module.scaling[active_adapter], sampled_A(module, active_adapter)
+        if not x.is_floating_point():
+            _, B = module.factors(active_adapter)
+            return result + module.embed(x, weight.T) @ B.T * scaling
         A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         x = module.lora_dropout[active_adapter](x)
-        hidden = F.linear(x, sampled_A(module, active_adapter), A.bias) if module.training else A(x)
-        return result + B(hidden) * module.scaling[active_adapter]
+        hidden = F.linear(x, weight, A.bias) if isinstance(A, nn.Linear) else A._conv_forward(x, weight, None)
+        return result + B(hidden) * scaling
 
 
 def sampled_A(module: LoraLayer, adapter: str) -> torch.Tensor:
-    """A + Σ p_n·ε_n of a training step, (r, in); A itself, with a warning, if the noise is not finite.
+    """A + Σ p_n·ε_n of a training step, in A's shape; A itself, with a warning, if the noise is not finite.
 
     Args:
         module: the layer.
         adapter: the adapter.
     """
-    A = module.lora_A[adapter].weight
+    A, _ = module.factors(adapter)
     noise, weights = module.lora_monteclora_sampler[adapter]()
     shift = torch.tensordot(weights, noise, 1).T
     if not torch.compiler.is_compiling() and not torch.isfinite(shift).all():
@@ -270,7 +286,7 @@ def sampled_A(module: LoraLayer, adapter: str) -> torch.Tensor:
             "kl_loss_weight."
         )
         return A
-    return A + shift.to(A.dtype)
+    return A + shift.to(A.dtype).reshape(A.shape)
 
 
 def mean_variational_loss(layers: Iterable[LoraLayer], adapter_names: list[str]) -> torch.Tensor | float:

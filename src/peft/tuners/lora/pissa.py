@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .base_weight import Factors, start_by_decomposition
+from .base_weight import Change, Factors, start_by_decomposition
 from .initialisers import initialiser
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @initialiser("pissa", changes_base=True)
 @initialiser("pissa_niter_N", changes_base=True)
-def pissa(layer: LoraLayer, adapter: str, value: str, config: LoraConfig | None = None) -> Factors | None:
+def pissa(layer: LoraLayer, adapter: str, value: str, config: LoraConfig | None = None) -> Change:
     """Split the base weight into its principal part, which trains, and the rest.
 
     Args:

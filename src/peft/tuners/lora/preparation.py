@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ...engine.injection import Injection
 from ...engine.kinds import CONV1D_TRANSFORMERS, LINEAR
 from ...engine.lifecycle import modules_of
 from ...engine.matching import TargetMatcher, _maybe_include_all_linear_layers
+from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from ...utils.files import replacing
 from ...utils.naming import near_misses
 
@@ -36,11 +38,25 @@ def linear_targets(model: nn.Module, config: LoraConfig) -> Iterator[tuple[str, 
 
 
 def some_linear_targets(model: nn.Module, config: LoraConfig, initialiser: str) -> dict[str, nn.Module]:
-    """The same by name.
+    """The same by name. A configuration without targets is given those that LoRA has for this type of model.
+
+    Args:
+        model: a model without adapters.
+        config: the adapter's configuration.
+        initialiser: its name, for messages.
 
     Raises:
         ValueError: there are none.
     """
+    if config.target_modules is None:
+        model_type = Injection.model_config(model).get("model_type")
+        if model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+            raise ValueError(
+                f"target_modules is not set, and LoRA has no default for the model type {model_type!r}. Name the modules to "
+                "adapt, or use target_modules='all-linear'."
+            )
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model_type]
+        config.target_modules = known if isinstance(known, str) else set(known)
     targets = dict(linear_targets(model, config))
     if not targets:
         entries = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or ()

@@ -40,6 +40,8 @@ class LoraVariant:
     """What the forward is given of the call's inputs, by keyword (see `BaseTuner.call_inputs`)."""
     computes_plainly: ClassVar[bool] = False
     """Whether it differs only in how an adapter starts or trains, so that layers may compute as without a variant."""
+    can_be_padded: ClassVar[bool] = True
+    """Whether zeros may be added to the factors to give an adapter a larger rank."""
     plain_at_inference: ClassVar[bool] = False
     """Whether it is s·B(A(x)) when nothing trains, so that its factors may be used as a plain adapter's."""
 

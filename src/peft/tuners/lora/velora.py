@@ -5,7 +5,8 @@ The gradient of A takes the layer's input, which is most of what training has to
 
     c[t, j] = ⟨x[t, j], e⟩          x̃[t, j] = scale · c[t, j] · e
 
-The output and the gradient of the input are exact; the gradient of A is Gᵀ·x̃ instead of Gᵀ·x.
+The output and the gradient of the input are exact; the gradient of A is that for x̃ instead of x. The tokens of a
+convolution are its pixels.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ...utils.buffer_dict import BufferDict
@@ -97,6 +99,50 @@ class VeloraFunction(torch.autograd.Function):
         return grad_input, grad_weight, grad_bias, None, None, None
 
 
+class VeloraConvFunction(torch.autograd.Function):
+    """A convolution without bias that keeps of x one number per sub-token of a pixel for the gradient of W."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        embed: torch.Tensor,
+        num_groups: int,
+        velora_scale: float,
+        convolve: Callable[[torch.Tensor, torch.Tensor, None], torch.Tensor],
+    ) -> torch.Tensor:
+        """The exact output.
+
+        Args:
+            ctx: what is kept for the backward pass.
+            input: x, (channels, ...), with or without a batch.
+            weight: W, (r, channels, *kernel).
+            embed: the direction e, (⌈channels / num_groups⌉,).
+            num_groups: sub-tokens per pixel.
+            velora_scale: factor of the reconstruction.
+            convolve: of x, W and no bias.
+        """
+        pixels = input.movedim(1 - weight.dim(), -1)
+        coordinates = sub_tokens(pixels, num_groups, len(embed)) @ embed.to(input.dtype)
+        ctx.save_for_backward(coordinates, weight, embed)
+        ctx.velora_scale, ctx.convolve, ctx.pixels = velora_scale, convolve, pixels.shape
+        return convolve(input, weight, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradient of x, which does not depend on x, and that of W for the reconstructed x."""
+        coordinates, weight, embed = ctx.saved_tensors
+        dtype, (*places, channels) = grad_output.dtype, ctx.pixels
+        pixels = ctx.velora_scale * (coordinates.unsqueeze(-1) * embed.to(coordinates.dtype)).flatten(1)[:, :channels]
+        x = pixels.view(*places, channels).movedim(-1, 1 - weight.dim()).to(dtype).requires_grad_()
+        W = weight.detach().to(dtype).requires_grad_()
+        with torch.enable_grad():
+            grads = torch.autograd.grad(ctx.convolve(x, W, None), (x, W), grad_output)
+        return *grads, None, None, None, None
+
+
 @register_variant("velora_config", kinds=("linear", "conv1d_transformers"))
 class VeloraLinearVariant(LoraVariant):
     """VeLoRA on a linear layer: plain LoRA but for what is kept to train it.
@@ -133,17 +179,24 @@ class VeloraLinearVariant(LoraVariant):
         A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         x = module.lora_dropout[active_adapter](x)
         if module.training and torch.is_grad_enabled() and A.weight.requires_grad:
-            hidden = VeloraFunction.apply(
-                x,
-                A.weight,
-                A.bias,
-                direction(module, active_adapter, x),
-                module.lora_velora_num_groups[active_adapter],
-                module.lora_velora_scale[active_adapter],
-            )
+            hidden = _compressed(module, active_adapter, A, x)
         else:
             hidden = A(x)
         return result + B(hidden) * module.scaling[active_adapter]
+
+
+@register_variant("velora_config", kinds=("conv1d", "conv2d", "conv3d"))
+class VeloraConvNdVariant(VeloraLinearVariant):
+    """VeLoRA on a convolution."""
+
+
+def _compressed(module: LoraLayer, adapter: str, A: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A(x), for which x is kept compressed."""
+    options = module.lora_velora_num_groups[adapter], module.lora_velora_scale[adapter]
+    if isinstance(A, nn.Linear):
+        return VeloraFunction.apply(x, A.weight, A.bias, direction(module, adapter, x), *options)
+    e = direction(module, adapter, x.movedim(1 - A.weight.dim(), -1))
+    return VeloraConvFunction.apply(x, A.weight, e, *options, A._conv_forward)
 
 
 @torch.no_grad()
@@ -153,7 +206,7 @@ def direction(module: LoraLayer, adapter: str, x: torch.Tensor) -> torch.Tensor:
     Args:
         module: the layer.
         adapter: the adapter.
-        x: the input of A, (..., in).
+        x: the input of A, (..., in), with the channels last.
 
     Returns:
         (⌈in / num_groups⌉,), not the buffer itself: that may change before the backward pass.

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...engine.undo import Undo
 from ...engine.weighted import check_sources, take_over, union_of
 from ...utils.naming import check_adapter_name, did_you_mean
+from ...utils.tensors import is_spread
 from .combination import (
     COMBINATION_TYPES,
     OPERATORS,
@@ -103,6 +104,7 @@ class WeightedAdapter:
                     "cannot be combined."
                 )
         self._check_options()
+        self._check_whole()
         self._check_variants()
         self._check_rank()
 
@@ -123,6 +125,15 @@ class WeightedAdapter:
             raise RuntimeError(f"majority_sign_method={self.majority_sign_method!r} is none of {methods}.{hint}")
         if self.on_updates and self.svd_clamp is not None and not 0 < self.svd_clamp <= 1:
             raise ValueError(f"svd_clamp is a share of entries and lies in (0, 1], got {self.svd_clamp}.")
+
+    def _check_whole(self) -> None:
+        """Raise if a layer has only this rank's part of an adapter that is to be decomposed."""
+        for label, layer in self._layers():
+            if self.on_updates and (layer.kind is None or is_spread(layer.factors(self._sources(layer)[0][0])[0])):
+                raise ValueError(
+                    f"combination_type={self.combination_type!r} needs whole updates, but each rank has a part of those of "
+                    f"{label!r}. Use 'cat', or 'linear' for adapters of one rank."
+                )
 
     def _check_variants(self) -> None:
         """Raise unless what the adapters compute can be combined in this way.
