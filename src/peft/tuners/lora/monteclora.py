@@ -156,14 +156,17 @@ class MontecloraSampler(nn.Module):
     # --------------------------------------------------------------------------------------------------------- losses
 
     def dirichlet_kl(self, alpha2: torch.Tensor) -> torch.Tensor:
-        """KL(Dirichlet(α₂) ‖ Dirichlet(prior)).
+        """What the loss has for KL(Dirichlet(α₂) ‖ Dirichlet(prior)).
+
+        The divergence itself has Σ log Γ(prior)/Γ(α₂); adapters are trained with the inverse of that fraction, and the
+        loss keeps to it, so that a training goes on as it began.
 
         Args:
             alpha2: α₂, (N,).
         """
         alpha1 = torch.full_like(alpha2, self.dirichlet_prior)
         total2, total1 = alpha2.sum(), alpha1.sum()
-        normalisers = total2.lgamma() - total1.lgamma() + (alpha1.lgamma() - alpha2.lgamma()).sum()
+        normalisers = total2.lgamma() - total1.lgamma() + (alpha2.lgamma() - alpha1.lgamma()).sum()
         return normalisers + ((alpha2 - alpha1) * (alpha2.digamma() - total2.digamma())).sum()
 
     def wishart_kl(self, std: torch.Tensor) -> torch.Tensor:
