@@ -20,6 +20,7 @@ from peft.tuners.lora.combination import (
     decomposed_product,
     quantile,
 )
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 
 A, B, C = "a", "b", "c"
 
@@ -344,6 +345,19 @@ def test_a_default_svd_rank_above_the_layers_size_is_padded():
     layer = tuner.model.layer
     assert layer.r["w"] == 6 and layer.lora_A["w"].weight[3:].eq(0).all()
     torch.testing.assert_close(layer.delta_weight("w"), layer.delta_weight(A) + layer.delta_weight(B))
+
+
+@pytest.mark.parametrize("combination_type", ["cat", "linear", "svd"])
+def test_padding_for_hotswapping_is_left_out(combination_type):
+    tuners = [mlp({"r": 2}, {"r": 2}) for _ in range(2)]
+    tuners[1].load_state_dict(tuners[0].state_dict())
+    prepare_model_for_compiled_hotswap(tuners[1].model, target_rank=5)
+    updates = []
+    for tuner in tuners:
+        tuner.add_weighted_adapter([A, B], [1.0, 0.5], "w", combination_type)
+        updates.append(tuner.model.first.delta_weight("w"))
+    assert tuners[1].model.first.lora_A[A].weight.shape[0] == 5
+    torch.testing.assert_close(*updates)
 
 
 def test_svd_clamp_bounds_the_entries():

@@ -316,6 +316,9 @@ class Injection:
             name for name in self.parameters if name not in tuner.targeted_parameter_names
         ]
         if hasattr(self, "matcher") and self.matched and not self.matcher.targets.pattern:
+            # An entry whose modules are ruled out is no misspelling.
+            for entry in filter(None, map(self.matcher.targets.find, self.excluded)):
+                self.matcher.targets.hits[entry] += 1
             missed = without_hits(self.matcher.targets, [*self.unmatched, *self.matched])
             if missed:
                 warnings.warn(f"These entries of target_modules match no module: {'; '.join(missed)}.")

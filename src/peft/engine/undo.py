@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
@@ -52,3 +52,13 @@ def when_done(step: Callable[..., Any], *args: Any) -> None:
         step(*args)
     else:
         block._last.append((step, args))
+
+
+def put_off(step: Callable[..., Any]) -> Iterator[tuple[Any, ...]]:
+    """The arguments of each call of `step` that `when_done` has put off so far, in the order in which they will be made."""
+    blocks = []
+    block = _running.get()
+    while block is not None:
+        blocks.append(block)
+        block = block._around
+    return (args for block in reversed(blocks) for other, args in block._last if other is step)

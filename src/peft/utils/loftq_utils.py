@@ -144,7 +144,8 @@ def replace_lora_weights_loftq(
 ) -> None:
     """Start the adapter of a 4-bit model from what its quantisation has rounded away: one step of LoftQ.
 
-    The original weights are read from safetensors files one by one.
+    The original weights are read from safetensors files one by one. A progress bar is shown, unless the environment has
+    TQDM_DISABLE=1.
 
     Args:
         peft_model: a `PeftModel` with a LoRA adapter on a model that bitsandbytes has quantised to 4 bits.
@@ -188,7 +189,7 @@ def _write(factors: list[nn.Parameter], values: Any) -> None:
 def _quantised_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     """The LoRA layers of an adapter on 4-bit weights, by their names in the base model."""
     from ..engine.lifecycle import holders_of  # lazy: the engine stands above
-    from ..engine.state import BASE_PREFIX
+    from ..engine.state import BASE_PREFIX  # lazy: the engine stands above
 
     layers = {
         name: layer

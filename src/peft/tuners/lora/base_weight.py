@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ...engine.offload import onload_layer
-from ...engine.undo import when_done
+from ...engine.undo import put_off, when_done
 from ...utils.integrations import gather_params_ctx
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def start_by_decomposition(
     initialiser: str,
     factorise: Callable[[torch.Tensor], Factors],
     quantised: bool = False,
-) -> Change:
+) -> None:
     """Give an adapter factors found in the base weight, and leave in it what they do not explain: W <- W - s·B·A.
 
     Args:
@@ -44,9 +44,6 @@ def start_by_decomposition(
         initialiser: what it is started by, for messages.
         factorise: gives A and B for W in float32.
         quantised: whether a quantised weight will do, as the values that it stands for.
-
-    Returns:
-        The change of the base weight, which is made when nothing can fail any more.
 
     Raises:
         TypeError: the weight has a dtype that cannot be decomposed.
@@ -57,21 +54,17 @@ def start_by_decomposition(
         A, B = factorise(checked_matrices(layer, adapter, initialiser, quantised))
         place_factors(layer, adapter, A, B)
     A, B = A.float(), layer.scaling[adapter] * B.float()
-    return change_when_done(layer, lambda W: W.sub_(B @ A))
+    change_when_done(layer, lambda W: W.sub_(B @ A))
 
 
-def change_when_done(layer: LoraLayer, change: Change) -> Change:
+def change_when_done(layer: LoraLayer, change: Change) -> None:
     """Change a base weight once the adapter is in place, or has been loaded, so that nothing is lost if that fails.
 
     Args:
         layer: a LoRA layer.
         change: what to do.
-
-    Returns:
-        It, for those who need to know what the weight is going to be.
     """
     when_done(_change, layer, change)
-    return change
 
 
 def _change(layer: LoraLayer, change: Change) -> None:
@@ -79,10 +72,26 @@ def _change(layer: LoraLayer, change: Change) -> None:
         write_base_matrices(layer, change(base_matrices(layer)))
 
 
-def changed_weight(layer: LoraLayer, change: Change) -> torch.Tensor:
-    """What the base weight is going to be, in its own layout and dtype."""
+def _put_off(layer: LoraLayer) -> list[Change]:
+    """The changes of a base weight that have yet to be made; layers may share it."""
+    weight = layer.weight
+    return [change for other, change in put_off(_change) if other.weight is weight]
+
+
+def coming_weight(layer: LoraLayer) -> torch.Tensor | None:
+    """What the base weight is going to be, in its own layout and dtype; None if it stays as it is."""
+    changes = _put_off(layer)
+    if not changes:
+        return None
     with base_weight_at_hand(layer):
-        return _as_stored(layer, change(base_matrices(layer)))
+        return _as_stored(layer, _coming_matrices(layer, changes))
+
+
+def _coming_matrices(layer: LoraLayer, changes: list[Change]) -> torch.Tensor:
+    matrices = base_matrices(layer)
+    for change in changes:
+        matrices = change(matrices)
+    return matrices
 
 
 @contextmanager
@@ -97,7 +106,7 @@ def base_weight_at_hand(layer: LoraLayer) -> Iterator[None]:
 
 
 def checked_matrices(layer: LoraLayer, adapter: str, initialiser: str, quantised: bool = False) -> torch.Tensor:
-    """`base_matrices` of a weight that can be changed; arguments and errors as `start_by_decomposition`."""
+    """The base weight as it is going to be, if it can be changed; arguments and errors as `start_by_decomposition`."""
     weight = layer.weight
     about = f"{layer.called}: init_lora_weights={initialiser!r} of the adapter {adapter!r}"
     if weight.is_meta:
@@ -116,7 +125,7 @@ def checked_matrices(layer: LoraLayer, adapter: str, initialiser: str, quantised
             f"{about} needs a base weight in one of {names}, got {str(weight.dtype).removeprefix('torch.')}. Start the "
             "adapter on the model before it is quantised."
         )
-    return base_matrices(layer)
+    return _coming_matrices(layer, _put_off(layer))
 
 
 def base_matrices(layer: LoraLayer) -> torch.Tensor:

@@ -271,7 +271,8 @@ class LoraConfig(PeftConfig):
         bias: which biases train too: "none", "all", "lora_only".
         use_rslora: s = alpha / sqrt(r) (arXiv 2312.03732).
         modules_to_save: modules of which the adapter trains and saves a copy.
-        init_lora_weights: how A and B start; True for uniform A and zero B.
+        init_lora_weights: how A and B start. True for uniform A and zero B, False for torch's defaults (not the
+            identity), "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "corda", "lora_ga", "eva", "loftq", "mica".
         layers_to_transform: numbers of the layers in which suffixes count.
         layers_pattern: name of the list of layers that is numbered.
         rank_pattern: regular expression for the end of a name -> rank.

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ...engine.kinds import kind_of
 from ...engine.matching import get_pattern_key
 from ...engine.undo import when_done
-from .base_weight import Change, Factors, start_by_decomposition
+from .base_weight import Factors, start_by_decomposition
 from .initialisers import initialiser
 from .preparation import (
     device_of,
@@ -69,6 +69,8 @@ def preprocess_corda(
 ) -> None:
     """Decompose what adapters with `init_lora_weights="corda"` start from; call it before `get_peft_model`.
 
+    A progress bar is shown, unless the environment has TQDM_DISABLE=1.
+
     Args:
         model: a model without adapters.
         lora_config: the adapter's configuration, with `corda_config`.
@@ -92,7 +94,7 @@ def preprocess_corda(
             module.eigens = eigens[name]
         return
     try:
-        with mode(hooked_model or model, training=False):
+        with mode(model if hooked_model is None else hooked_model, training=False):
             calib_cov_distribution(model, lora_config, run_model, hooked_model, config.covariance_file)
         for name, module in targets.items():
             module.corda_method, module.rank = config.corda_method, rank_of(lora_config, name)
@@ -177,7 +179,7 @@ def calib_cov_distribution(
             "Give run_model: there is neither a cache file nor a covariance file that could be read instead."
         )
     else:
-        hooked = dict(linear_targets(hooked_model or model, config))
+        hooked = dict(linear_targets(model if hooked_model is None else hooked_model, config))
         covariances = _covariances(hooked, run_model, config.corda_config.use_float16_for_covariance)
         if covariance_file is not None:
             write_tensors(covariance_file, covariances)
@@ -336,7 +338,7 @@ def _read_eigens(path: str | os.PathLike, targets: dict[str, nn.Module], config:
 
 
 @initialiser("corda", changes_base=True)
-def corda(layer: LoraLayer, adapter: str, value: str, config: LoraConfig | None = None) -> Change:
+def corda(layer: LoraLayer, adapter: str, value: str, config: LoraConfig | None = None) -> None:
     """Start with the part of the base weight that matters most (ipm) or least (kpm) to the sample inputs.
 
     Args:
@@ -358,9 +360,8 @@ def corda(layer: LoraLayer, adapter: str, value: str, config: LoraConfig | None 
             "the data of its training. An adapter saved with path_initial_model_for_weight_conversion needs none of this."
         )
     _check_eigens(eigens, layer, rank, where)
-    change = start_by_decomposition(layer, adapter, value, lambda W: context_factors(eigens, scaling))
+    start_by_decomposition(layer, adapter, value, lambda W: context_factors(eigens, scaling))
     when_done(_forget, [base], ["eigens"])
-    return change
 
 
 def _check_eigens(eigens: CordaEigens, layer: LoraLayer, rank: int, where: str) -> None:

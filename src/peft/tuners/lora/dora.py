@@ -15,7 +15,7 @@ from torch import nn
 
 from ...engine.backends import dense_weight
 from ...utils.tensors import add_product, is_bare
-from .base_weight import Change, changed_weight
+from .base_weight import coming_weight
 from .variant import LoraVariant, register_variant
 
 if TYPE_CHECKING:
@@ -258,9 +258,7 @@ def _factors(module: LoraLayer, adapter: str) -> tuple[torch.Tensor, torch.Tenso
     return module.lora_A[adapter].weight, module.lora_B[adapter].weight
 
 
-def _add_magnitude(
-    module: LoraLayer, adapter: str, magnitude_cls: type[DoraLinearLayer], base_change: Change | None = None
-) -> None:
+def _add_magnitude(module: LoraLayer, adapter: str, magnitude_cls: type[DoraLinearLayer]) -> None:
     magnitude = magnitude_cls(fan_in_fan_out=getattr(module, "fan_in_fan_out", False))
     A, B = _factors(module, adapter)
     magnitude.update_layer(
@@ -269,16 +267,14 @@ def _add_magnitude(
         lora_B=B,
         scaling=module.scaling[adapter],
         place_on_cpu=module.ephemeral_gpu_offload and A.device.type == "cpu",
-        weight=_weight_to_be(module, base_change),
+        weight=_weight_to_be(module),
     )
     module.lora_magnitude_vector[adapter] = magnitude
 
 
-def _weight_to_be(module: LoraLayer, base_change: Change | None) -> torch.Tensor | None:
+def _weight_to_be(module: LoraLayer) -> torch.Tensor | None:
     """The base weight that the adapter is going to have, where it is not the one that the base layer has now."""
-    if base_change is not None:
-        return changed_weight(module, base_change)
-    return module.unmerged_weight() if module.merged_adapters else None
+    return module.unmerged_weight() if module.merged_adapters else coming_weight(module)
 
 
 def _gain(module: LoraLayer, adapter: str) -> torch.Tensor:
@@ -311,7 +307,7 @@ class DoraLinearVariant(LoraVariant):
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
-        _add_magnitude(module, adapter_name, DoraLinearLayer, kwargs.get("base_change"))
+        _add_magnitude(module, adapter_name, DoraLinearLayer)
 
     @staticmethod
     def forward(
@@ -378,7 +374,7 @@ class DoraConv1dVariant(_DoraConvNdVariant):
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, config: Any, **kwargs: Any) -> None:
-        _add_magnitude(module, adapter_name, DoraConv1dLayer, kwargs.get("base_change"))
+        _add_magnitude(module, adapter_name, DoraConv1dLayer)
 
 
 @register_variant("use_dora", kinds=("conv2d",))
@@ -387,7 +383,7 @@ class DoraConv2dVariant(_DoraConvNdVariant):
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, config: Any, **kwargs: Any) -> None:
-        _add_magnitude(module, adapter_name, DoraConv2dLayer, kwargs.get("base_change"))
+        _add_magnitude(module, adapter_name, DoraConv2dLayer)
 
 
 @register_variant("use_dora", kinds=("conv3d",))
@@ -396,4 +392,4 @@ class DoraConv3dVariant(_DoraConvNdVariant):
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, config: Any, **kwargs: Any) -> None:
-        _add_magnitude(module, adapter_name, DoraConv3dLayer, kwargs.get("base_change"))
+        _add_magnitude(module, adapter_name, DoraConv3dLayer)

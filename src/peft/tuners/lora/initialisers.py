@@ -18,12 +18,10 @@ from torch import nn
 from ...utils.naming import near_misses
 
 if TYPE_CHECKING:
-    from .base_weight import Change
     from .config import LoraConfig
     from .layer import LoraLayer
 
-Start = Callable[["LoraLayer", str, str, "LoraConfig | None"], "Change | None"]
-"""Gives the change of the base weight, if it makes one."""
+Start = Callable[["LoraLayer", str, str, "LoraConfig | None"], None]
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,7 @@ def changes_base(value: Any) -> bool:
     return isinstance(value, str) and find_initialiser(value).changes_base
 
 
-def initialise(
-    layer: LoraLayer, adapter: str, value: bool | str | None, config: LoraConfig | None = None
-) -> Change | None:
+def initialise(layer: LoraLayer, adapter: str, value: bool | str | None, config: LoraConfig | None = None) -> None:
     """Start an adapter's factors as `init_lora_weights` says.
 
     Args:
@@ -89,9 +85,6 @@ def initialise(
         adapter: the adapter.
         value: as in `LoraConfig`.
         config: the adapter's configuration, with settings that some initialisers have.
-
-    Returns:
-        The change that it makes to the base weight, None for none.
 
     Raises:
         ValueError: no such initialiser, or one that does not go with this kind of layer.
@@ -103,16 +96,15 @@ def initialise(
     if on_embedding and chosen is not None and not chosen.embeddings:
         value, chosen = True, None
     if next(parameters_of(layer, adapter)).is_meta and not (chosen is not None and chosen.changes_base):
-        return None  # its values will be loaded
+        return  # its values will be loaded
     if on_embedding:
         _start_embedding(layer, adapter, value)
     else:
         _draw_defaults(layer, adapter)
     if chosen is not None:
-        return chosen.start(layer, adapter, value, config)
-    if value and not on_embedding:
+        chosen.start(layer, adapter, value, config)
+    elif value and not on_embedding:
         uniform_a(layer, adapter)
-    return None
 
 
 def parameters_of(layer: LoraLayer, adapter: str) -> Iterator[nn.Parameter]:

@@ -118,14 +118,14 @@ class LoraLayer(AdditiveLayer):
         self.lora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.scaling[adapter_name] = self.initial_scaling(adapter_name)
         self._make_factors(adapter_name, r, config.lora_bias)
-        tied, base_change = kwargs.get("tied_adapter"), None
+        tied = kwargs.get("tied_adapter")
         if tied is not None:
             self._share_factors(adapter_name, tied)
         else:
-            base_change = initialise(self, adapter_name, config.init_lora_weights, config)
+            initialise(self, adapter_name, config.init_lora_weights, config)
         self._forget_variant(adapter_name)
         if variant is not None:
-            self._add_variant(variant, adapter_name, config, base_change=base_change, **kwargs)
+            self._add_variant(variant, adapter_name, config, **kwargs)
         if kwargs.get("tensor_parallel") is not None:
             self._move_adapter_to_device_of_base_layer(adapter_name)
             spread(self, adapter_name, *kwargs["tensor_parallel"])

@@ -9,13 +9,12 @@ from .base_weight import base_weight_at_hand, change_when_done, checked_matrices
 from .initialisers import initialiser
 
 if TYPE_CHECKING:
-    from .base_weight import Change
     from .config import LoraConfig
     from .layer import LoraLayer
 
 
 @initialiser("loftq", changes_base=True, embeddings=True)
-def loftq(layer: LoraLayer, adapter: str, value: str, config: LoraConfig | None = None) -> Change:
+def loftq(layer: LoraLayer, adapter: str, value: str, config: LoraConfig | None = None) -> None:
     """Start from the rounding that a quantisation of the base weight is going to do.
 
     The scaling is not divided out of the factors, so that Q + s·B·A approximates W only where alpha is r.
@@ -45,4 +44,4 @@ def loftq(layer: LoraLayer, adapter: str, value: str, config: LoraConfig | None 
         turns = loftq_turns(checked_matrices(layer, adapter, value), bits, layer.r[adapter], iterations)
         place_factors(layer, adapter, *turns[-1])
     before = turns[-2:-1]
-    return change_when_done(layer, lambda W: quantised_part(W, ROUNDING[bits], before))
+    change_when_done(layer, lambda W: quantised_part(W, ROUNDING[bits], before))

@@ -16,7 +16,7 @@ from torch import nn
 
 from ...engine.undo import when_done
 from ...utils.warning import PeftWarning
-from .base_weight import Change, Factors, start_by_decomposition
+from .base_weight import Factors, start_by_decomposition
 from .initialisers import initialiser, uniform_a
 from .preparation import (
     device_of,
@@ -175,12 +175,12 @@ def _read(path: str | os.PathLike, targets: dict[str, nn.Module]) -> dict[str, t
 
 
 @initialiser("lora_ga", changes_base=True)
-def lora_ga(layer: LoraLayer, adapter: str, value: str, config: LoraConfig | None = None) -> Change | None:
+def lora_ga(layer: LoraLayer, adapter: str, value: str, config: LoraConfig | None = None) -> None:
     """Start an adapter as `start_by_gradient`, with the settings of a configuration."""
-    return start_by_gradient(layer, adapter, None if config is None else config.lora_ga_config)
+    start_by_gradient(layer, adapter, None if config is None else config.lora_ga_config)
 
 
-def start_by_gradient(layer: LoraLayer, adapter: str, config: LoraGAConfig | None) -> Change | None:
+def start_by_gradient(layer: LoraLayer, adapter: str, config: LoraGAConfig | None) -> None:
     """Start along the gradient, so that the first steps go where full fine-tuning would; the base keeps W - s·B·A.
 
     Without a gradient at the base layer, as when a saved adapter is loaded, the start is uniform and changes no weight.
@@ -197,7 +197,7 @@ def start_by_gradient(layer: LoraLayer, adapter: str, config: LoraGAConfig | Non
     gradient = getattr(base, GRADIENT, None)
     if gradient is None:
         _start_without_gradient(layer, adapter)
-        return None
+        return
     if config is None:
         raise ValueError(
             f"The adapter {adapter!r} with init_lora_weights='lora_ga' needs lora_ga_config=LoraGAConfig(...)."
@@ -210,9 +210,8 @@ def start_by_gradient(layer: LoraLayer, adapter: str, config: LoraGAConfig | Non
         A, B = gradient_factors(W, gradient.float(), rank, scaling, config, height)
         return A.to(dtype), B.to(dtype)
 
-    change = start_by_decomposition(layer, adapter, "lora_ga", factorise)
+    start_by_decomposition(layer, adapter, "lora_ga", factorise)
     when_done(base.__dict__.pop, GRADIENT, None)
-    return change
 
 
 def _start_without_gradient(layer: LoraLayer, adapter: str) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .base_weight import Change, Factors, start_by_decomposition
+from .base_weight import Factors, start_by_decomposition
 from .initialisers import initialiser
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @initialiser("olora", changes_base=True)
-def olora(layer: LoraLayer, adapter: str, value: str, config: LoraConfig | None = None) -> Change:
+def olora(layer: LoraLayer, adapter: str, value: str, config: LoraConfig | None = None) -> None:
     """Start with an orthonormal basis; the base weight keeps W - s·B·A. A quantised one is quantised again.
 
     Args:
@@ -29,7 +29,7 @@ def olora(layer: LoraLayer, adapter: str, value: str, config: LoraConfig | None 
         ValueError: this base weight cannot be changed.
     """
     rank = layer.r[adapter]
-    return start_by_decomposition(layer, adapter, value, lambda W: orthonormal_factors(W, rank), quantised=True)
+    start_by_decomposition(layer, adapter, value, lambda W: orthonormal_factors(W, rank), quantised=True)
 
 
 def orthonormal_factors(W: torch.Tensor, rank: int) -> Factors:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .base_weight import Change, Factors, start_by_decomposition
+from .base_weight import Factors, start_by_decomposition
 from .initialisers import initialiser
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @initialiser("pissa", changes_base=True)
 @initialiser("pissa_niter_N", changes_base=True)
-def pissa(layer: LoraLayer, adapter: str, value: str, config: LoraConfig | None = None) -> Change:
+def pissa(layer: LoraLayer, adapter: str, value: str, config: LoraConfig | None = None) -> None:
     """Split the base weight into its principal part, which trains, and the rest.
 
     Args:
@@ -32,7 +32,7 @@ def pissa(layer: LoraLayer, adapter: str, value: str, config: LoraConfig | None 
     number = value.rpartition("_")[2]
     niter = int(number) if number.isdigit() else None
     rank, scaling = layer.r[adapter], layer.scaling[adapter]
-    return start_by_decomposition(layer, adapter, value, lambda W: principal_factors(W, rank, scaling, niter))
+    start_by_decomposition(layer, adapter, value, lambda W: principal_factors(W, rank, scaling, niter))
 
 
 def principal_factors(W: torch.Tensor, rank: int, scaling: float, niter: int | None = None) -> Factors:
