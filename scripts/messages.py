@@ -32,7 +32,7 @@ PARTS = {
     "Optimisers": ("optimizers",),
     "Helpers and merging": ("helpers.py", "utils/merge_utils.py", "utils/loftq_utils.py", "utils/incremental_pca.py"),
 }
-TESTS = "lora xlora poly mixed optimizers hotswap helpers merge_utils loftq matrix incremental_pca".split()
+TESTS = "weight_conversion lora xlora poly mixed optimizers hotswap helpers merge_utils loftq matrix incremental_pca".split()
 INTRODUCTION = """# Errors and warnings of LoRA and its relatives
 
 What each says, which class it has, and a test that raises it. In the messages, what stands in braces is filled in: the

@@ -126,7 +126,7 @@ class MultiheadAttention(LoraLayer, nn.Module):
             TypeError: `adapter_names` is given.
         """
         if "adapter_names" in kwargs:
-            raise TypeError(f"{self._label or 'A MultiheadAttention'} does not support mixed batches (adapter_names).")
+            raise TypeError(f"{self.called} does not support mixed batches (adapter_names).")
 
     def forward(self, query: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The base layer's output and attention weights with the active adapters applied.
@@ -143,7 +143,7 @@ class MultiheadAttention(LoraLayer, nn.Module):
         plan, inner_plan = self.plan, projection.plan
         if [name for name, _ in plan] != [name for name, _ in inner_plan]:
             raise ValueError(
-                f"{self._label or 'A MultiheadAttention'} has the active adapters {self.active_adapters}, but its "
+                f"{self.called} has the active adapters {self.active_adapters}, but its "
                 f"out_proj {projection.active_adapters}; activate the same ones."
             )
         if not plan:

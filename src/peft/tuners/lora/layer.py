@@ -104,7 +104,7 @@ class LoraLayer(AdditiveLayer):
             ValueError: `r` is not positive, or an option is not supported on this kind of layer.
         """
         if r <= 0:
-            raise ValueError(f"The rank of {self._label or 'a LoRA layer'} must be positive, got r={r}.")
+            raise ValueError(f"The rank of {self.called} must be positive, got r={r}.")
         variant = self.resolve_lora_variant(config=config, **kwargs)
         self._check_config(adapter_name, r, config)
         if variant is not None:
@@ -148,14 +148,14 @@ class LoraLayer(AdditiveLayer):
             container = getattr(self, name)
             if adapter_name in container:
                 del container[adapter_name]
-        self.frozen_peft_weight_names = {
-            name: frozen for name, frozen in self.frozen_peft_weight_names.items() if name != adapter_name
-        }
+        if adapter_name in self.frozen_peft_weight_names:
+            frozen = self.frozen_peft_weight_names
+            self.frozen_peft_weight_names = {name: kept for name, kept in frozen.items() if name != adapter_name}
 
     def _check_config(self, adapter_name: str, r: int, config: LoraConfig) -> None:
         if config.lora_bias and getattr(self.get_base_layer(), "bias", None) is None:
             warnings.warn(
-                f"{self._label or type(self).__name__} has no bias, so the adapter {adapter_name!r} with lora_bias=True "
+                f"{self.called} has no bias, so the adapter {adapter_name!r} with lora_bias=True "
                 "cannot be merged into it.",
                 PeftWarning,
             )
@@ -336,9 +336,7 @@ class LoraLayer(AdditiveLayer):
     def _folded_bias(self, tensors: dict[str, torch.Tensor], adapter: str) -> torch.Tensor:
         bias = tensors.get(self.kind.bias_name)
         if bias is None:
-            raise RuntimeError(
-                f"{self._label or type(self).__name__} has no bias to merge the lora_bias of the adapter {adapter!r} into."
-            )
+            raise RuntimeError(f"{self.called} has no bias to merge the lora_bias of the adapter {adapter!r} into.")
         return bias + self.lora_B[adapter].bias * self.scaling[adapter]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -516,9 +514,7 @@ class Embedding(LoraLayer, nn.Module):
 
     def _check_config(self, adapter_name: str, r: int, config: LoraConfig) -> None:
         if config.lora_bias:
-            raise ValueError(
-                f"{self._label or 'An embedding'} has no bias: lora_bias is not supported on an Embedding."
-            )
+            raise ValueError(f"{self.called} has no bias: lora_bias is not supported on an Embedding.")
 
     def _make_factors(self, adapter_name: str, r: int, bias: bool) -> None:
         self.lora_embedding_A[adapter_name] = nn.Parameter(self.empty(r, self.in_features))
@@ -583,7 +579,7 @@ class _ConvNd(LoraLayer, nn.Module):
         groups = self.get_base_layer().groups
         if r % groups:
             raise ValueError(
-                f"{self._label or 'A convolution'} has {groups} groups, so its rank must be a multiple of {groups}, "
+                f"{self.called} has {groups} groups, so its rank must be a multiple of {groups}, "
                 f"got r={r}; nearest is {max(groups, round(r / groups) * groups)}."
             )
 
@@ -599,7 +595,7 @@ class _ConvNd(LoraLayer, nn.Module):
         A, B = self.factors(adapter)
         if self.get_base_layer().groups > 1:
             raise NotImplementedError(
-                f"{self._label or 'A convolution'} has {self.get_base_layer().groups} groups, while LoRA's A sees all "
+                f"{self.called} has {self.get_base_layer().groups} groups, while LoRA's A sees all "
                 f"channels: the adapter {adapter!r} has no weight of the base's shape and cannot be merged."
             )
         return self.scaling[adapter] * product(B.flatten(1), A.flatten(1), gains).view(len(B), *A.shape[1:])

@@ -87,8 +87,7 @@ class ParamWrapper(LoraLayer, nn.Module):
         for name in ("lora_dropout", "fan_in_fan_out", "lora_bias"):
             if getattr(config, name):
                 raise ValueError(
-                    f"{name}={getattr(config, name)!r} is not supported on a bare parameter ({self.parameter_name!r} of "
-                    f"{self._label or type(self.get_base_layer()).__name__})."
+                    f"{name}={getattr(config, name)!r} is not supported on a bare parameter, which {self.called} is."
                 )
 
     def _make_factors(self, adapter_name: str, r: int, bias: bool) -> None:
@@ -140,9 +139,7 @@ class ParamWrapper(LoraLayer, nn.Module):
             ValueError: `adapter_names` is given.
         """
         if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                f"{self._label or 'A parameter'} is adapted by target_parameters, which does not support mixed batches."
-            )
+            raise ValueError(f"{self.called} is adapted by target_parameters, which does not support mixed batches.")
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The wrapped module's output with its adapted parameters in place."""
