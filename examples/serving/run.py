@@ -105,7 +105,7 @@ def teach(model: LlamaForCausalLM, plan: Plan) -> PeftModel:
         if step > 1:
             adapted.add_adapter(name_of(step), copy.deepcopy(config))
         adapted.set_adapter(name_of(step))
-        train(adapted, plan.adapter_steps, 5e-3, lambda: counting(torch.full((32,), step), 8), name_of(step))
+        train(adapted, plan.adapter_steps, 5e-3, lambda step=step: counting(torch.full((32,), step), 8), name_of(step))
     return adapted.eval()
 
 

@@ -37,8 +37,10 @@ def row_norms(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: f
     Returns:
         (out,), in float32 or the wider of the dtypes.
     """
-    dtype = torch.promote_types(torch.promote_types(weight.dtype, A.dtype), torch.float32)
-    return torch.linalg.vector_norm(add_product(weight.to(dtype), B.to(dtype), A.to(dtype).T, scaling), dim=1)
+    if not (weight.dtype is A.dtype is B.dtype is torch.float32):
+        dtype = torch.promote_types(torch.promote_types(weight.dtype, A.dtype), torch.float32)
+        weight, A, B = weight.to(dtype), A.to(dtype), B.to(dtype)
+    return torch.linalg.vector_norm(add_product(weight, B, A.T, scaling), dim=1)
 
 
 class DoraLinearLayer(nn.Module):
@@ -56,7 +58,7 @@ class DoraLinearLayer(nn.Module):
     def canonical(self, weight: torch.Tensor) -> torch.Tensor:
         """The base weight as a matrix with one row per output feature."""
         weight = weight.T if self.fan_in_fan_out else weight
-        return weight.flatten(1)
+        return weight if weight.dim() == 2 else weight.flatten(1)
 
     def norm_shape(self, weight: torch.Tensor) -> tuple[int, ...]:
         """Shape in which the norms are kept."""
@@ -89,15 +91,18 @@ class DoraLinearLayer(nn.Module):
         if caching and self._norm is not None:
             return self._norm
         norm = self.fresh_norm(weight, _factor(lora_A), _factor(lora_B), scaling)
-        self._norm = norm if caching else None
+        if caching or self._norm is not None:
+            self._norm = norm if caching else None
         return norm
 
     def gain(self, base_layer: nn.Module, lora_A: Any, lora_B: Any, scaling: float) -> torch.Tensor:
         """m/‖V‖, in the shape of m."""
-        return self.weight / self.norm(dense_weight(base_layer), lora_A, lora_B, scaling).to(self.weight.dtype)
+        magnitude = self._parameters["weight"]
+        norm = self.norm(dense_weight(base_layer), lora_A, lora_B, scaling)
+        return magnitude / (norm if norm.dtype is magnitude.dtype else norm.to(magnitude.dtype))
 
     def fresh_norm(self, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
-        return row_norms(self.canonical(weight), A, B, scaling).view(self.norm_shape(weight))
+        return row_norms(self.canonical(weight), A, B, scaling)
 
     def train(self, mode: bool = True) -> DoraLinearLayer:
         self._norm = None
@@ -224,7 +229,7 @@ class _DoraConvNdLayer(DoraLinearLayer):
     def fresh_norm(self, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
         A, B = A.flatten(1), B.flatten(1)
         if A.shape[1] == weight[0].numel():
-            return super().fresh_norm(weight, A, B, scaling)
+            return super().fresh_norm(weight, A, B, scaling).view(self.norm_shape(weight))
         # With groups the product has not the weight's shape; files were trained with it read row by row.
         return self.get_weight_norm(weight, (B.reshape(-1, len(A)) @ A).view_as(weight), scaling)
 
@@ -297,7 +302,7 @@ def _scaled(
     """gain ⊙ (result - b + s·hidden·Bᵀ) + b."""
     if bias is None:
         return gain * add_product(result, hidden, B, scaling)
-    bias = bias.to(result.dtype)
+    bias = bias if bias.dtype is result.dtype else bias.to(result.dtype)
     return torch.addcmul(bias, gain, add_product(result - bias, hidden, B, scaling))
 
 
@@ -313,13 +318,14 @@ class DoraLinearVariant(LoraVariant):
     def forward(
         module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        dropout = module.lora_dropout[active_adapter]
+        held = (module._modules[name]._modules[active_adapter] for name in ("lora_dropout", "lora_A", "lora_B"))
+        dropout, A, B = held
         undropped = isinstance(dropout, nn.Identity) or not module.training
-        A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        if undropped and is_bare(A) and is_bare(B) and result.dtype is x.dtype is A.weight.dtype:
-            scaling, base_layer = module.scaling[active_adapter], module.get_base_layer()
-            gain = module.lora_magnitude_vector[active_adapter].gain(base_layer, A, B, scaling)
-            return _scaled(gain, result, nn.functional.linear(x, A.weight), B.weight, scaling, base_layer.bias)
+        if undropped and is_bare(A) and is_bare(B) and result.dtype is x.dtype is A._parameters["weight"].dtype:
+            a, b = A._parameters["weight"], B._parameters["weight"]
+            scaling, base_layer = module._scaling[active_adapter], module.get_base_layer()
+            gain = module._modules["lora_magnitude_vector"]._modules[active_adapter].gain(base_layer, a, b, scaling)
+            return _scaled(gain, result, nn.functional.linear(x, a), b, scaling, base_layer.bias)
         return result + module.lora_magnitude_vector[active_adapter](
             dropout(x),
             lora_A=A,

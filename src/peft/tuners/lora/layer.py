@@ -398,6 +398,9 @@ class Linear(LoraLayer, nn.Module):
             self.fan_in_fan_out = config.fan_in_fan_out
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
+    def factor_dtype(self, adapter: str) -> torch.dtype:
+        return self._modules["lora_A"]._modules[adapter].weight.dtype
+
     def _make_factors(self, adapter_name: str, r: int, bias: bool) -> None:
         self.lora_A[adapter_name] = bare_linear(self.empty(r, self.in_features))
         self.lora_B[adapter_name] = bare_linear(
