@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-gpu test-compat quality style messages docs bench clean
+.PHONY: help demo examples test test-slow test-gpu test-compat quality style messages docs bench clean
 
 VENV ?= .venv
 COMPAT ?= .venv-compat
@@ -21,6 +21,7 @@ FORMATTED := $(CODE) README.md # the formatter reaches code in Markdown
 RUN := env OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
     HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 HF_HUB_DISABLE_PROGRESS_BARS=1
 PYTEST := -m pytest -n 2 --dist worksteal
+EXAMPLES := sentiment ranks diffusion_blend serving
 COMPAT_FILES := $(wildcard tests/test_diffusers_models.py tests/test_transformers_models.py tests/test_lifecycle.py)
 
 help: ## show this list
@@ -29,6 +30,9 @@ help: ## show this list
 
 demo: $(VENV)/.installed-demo ## restore a video: train an adapter with a fully trained output layer, save, load, compare
 	$(RUN) $(VENV)/bin/python examples/video_restoration/run.py $(ARGS)
+
+examples: $(VENV)/.installed-examples ## run the examples: sentiment, ranks, diffusion_blend, serving
+	for name in $(EXAMPLES); do $(RUN) $(VENV)/bin/python examples/$$name/run.py $(ARGS); done
 
 test: $(VENV)/.installed-test ## run the tests (pass options to pytest in ARGS)
 	$(RUN) $(VENV)/bin/python $(PYTEST) $(ARGS)

