@@ -189,6 +189,12 @@ class TestMatching:
         with pytest.warns(UserWarning, match=r"'haed'.*\bhead\b"):
             peft.get_peft_model(net(), config(modules_to_save=["head", "haed"]))
 
+    def test_a_target_that_is_saved_or_excluded_is_no_misspelling(self, recwarn):
+        options = {"target_modules": "all-linear", "exclude_modules": ["lin1"], "modules_to_save": ["head"]}
+        model = peft.get_peft_model(net(), config(**options))
+        assert model.targeted_module_names == ["lin0", "xhead"]
+        assert [str(warning.message) for warning in recwarn if "match no module" in str(warning.message)] == []
+
     @pytest.mark.parametrize("container", [nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict])
     def test_a_container_is_refused_and_nothing_changed(self, container):
         base = net()
