@@ -257,7 +257,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/ranks"), help="where the results go")
     parser.add_argument("--quick", action="store_true", help="two ranks and few steps, to see that everything works")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    # The model is so small that a second thread waits more than it helps.
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     start = time.perf_counter()
     torch.set_num_threads(arguments.threads)

@@ -86,11 +86,11 @@ def build(plan: Plan) -> LlamaForCausalLM:
         intermediate_size=2 * plan.width,
         num_hidden_layers=4,
         num_attention_heads=4,
-        vocab_size=NUMBERS,
+        vocab_size=NUMBERS + 1,
         max_position_embeddings=64,
         bos_token_id=None,
         eos_token_id=None,
-        pad_token_id=0,
+        pad_token_id=NUMBERS,
     )
     model = LlamaForCausalLM(config)
     train(model, plan.base_steps, 2e-3, lambda: counting(torch.randint(1, 9, (48,)), 16), "Base")
