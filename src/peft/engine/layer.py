@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from ..utils.tensors import is_spread
+from .calls import MixedBatch, RowGroups
 from .kinds import Kind, kind_of, kinds
-from .lifecycle import MixedBatch, RowGroups, modules_of
+from .lifecycle import modules_of
 from .protocol import BaseTunerLayer, check_adapters_to_merge
 from .scaling import Scaling
 

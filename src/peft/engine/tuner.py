@@ -19,10 +19,11 @@ from ..utils.forwarding import ForwardsAttributes
 from ..utils.naming import check_adapter_name
 from ..utils.registry import METHODS
 from .backends import resolve_quantization_backend
+from .calls import MixedBatch
 from .injection import AdapterConfigs, Injection
 from .kinds import kind_of
 from .layer import AdapterLayer, BaseTunerLayer
-from .lifecycle import AdapterHolder, MixedBatch, Roster, as_names, holders_of, modules_of
+from .lifecycle import AdapterHolder, Roster, as_names, holders_of, modules_of
 from .matching import TargetMatcher, _ExcludedModule
 from .offload import onload_layer
 from .operations import cast_holders, check_mixed_batch, refresh_biases, uses_checkpointing

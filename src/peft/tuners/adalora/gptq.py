@@ -8,11 +8,10 @@ import torch
 from torch import nn
 
 from ...engine.kinds import LINEAR
-from .config import AdaLoraConfig
-from .layer import AdaLoraLayer
+from .layer import SVDLayer
 
 
-class SVDQuantLinear(AdaLoraLayer, nn.Module):
+class SVDQuantLinear(SVDLayer):
     """AdaLoRA on a linear layer whose weight is quantised by GPTQ; the base layer's own forward does the rest.
 
     Args:
@@ -23,19 +22,9 @@ class SVDQuantLinear(AdaLoraLayer, nn.Module):
         lora_alpha: the scaling.
     """
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: AdaLoraConfig,
-        r: int = 0,
-        lora_alpha: float = 1,
-        **kwargs: Any,
-    ) -> None:
-        nn.Module.__init__(self)
-        AdaLoraLayer.__init__(self, base_layer, **kwargs)
+    def _wrap(self, base_layer: nn.Module, **options: Any) -> None:
+        super()._wrap(base_layer, **options)
         self.__dict__["kind"] = LINEAR
-        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def fold(self, tensors: dict[str, torch.Tensor], adapter: str) -> dict[str, torch.Tensor]:
         """Not possible: a weight quantised by GPTQ cannot be written.

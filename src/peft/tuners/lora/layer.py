@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...engine.kinds import EMBEDDING, kind_of, same_kind_layer
+from ...engine.calls import RowGroups, rows_of
+from ...engine.kinds import EMBEDDING, kind_of
 from ...engine.layer import AdditiveLayer, BaseTunerLayer, check_adapters_to_merge
-from ...engine.lifecycle import RowGroups
 from ...engine.scaling import Scaling
 from ...utils.buffer_dict import BufferDict
 from ...utils.constants import ALLOWED_COMPUTE_DTYPES, UPCAST_DTYPES
@@ -294,7 +294,7 @@ class LoraLayer(AdditiveLayer):
         for name in varied:
             index, variant = rows[name], self.lora_variant[name]
             part = self._cast_term_input(x[index], self.factor_dtype(name))
-            inputs = {key: _rows_of(self.call_input(key, len(x)), index, len(x)) for key in variant.inputs}
+            inputs = {key: rows_of(self.call_input(key, len(x)), index, len(x)) for key in variant.inputs}
             adapted = variant.forward(self, active_adapter=name, x=part, result=result[index], **inputs)
             result = result.index_copy(0, index, adapted.to(result.dtype))
         if not varied:
@@ -362,20 +362,6 @@ class LoraLayer(AdditiveLayer):
 
     def __repr__(self) -> str:
         return f"lora.{super().__repr__()}"
-
-
-def _rows_of(value: Any, index: torch.Tensor, rows: int) -> Any:
-    """The entries of a per-row input for some rows of the batch.
-
-    Args:
-        value: a tensor or sequence with an entry per row, or per equal number of rows that follow each other.
-        index: the rows.
-        rows: how many the batch has.
-    """
-    if value is None or torch.is_tensor(value):
-        return None if value is None else value[index]
-    each = max(rows // max(len(value), 1), 1)
-    return type(value)(value[row // each] for row in index[::each].tolist())
 
 
 class Linear(LoraLayer, nn.Module):
@@ -544,91 +530,8 @@ class Embedding(LoraLayer, nn.Module):
         return self.delta_weight(adapter).T
 
 
-class _ConvNd(LoraLayer, nn.Module):
-    """LoRA on a convolution: A convolves over the base layer's window into r channels, B is pointwise.
-
-    With groups, A sees all input channels; such an adapter has no merged weight.
-    """
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: LoraConfig,
-        r: int = 0,
-        lora_alpha: float = 1,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        nn.Module.__init__(self)
-        LoraLayer.__init__(self, base_layer, **kwargs)
-        if self.get_base_layer().groups > 1:
-            warnings.warn(
-                f"{kwargs.get('target_name') or 'A convolution'} has {self.get_base_layer().groups} groups, while A "
-                "sees all channels: the adapter cannot be merged."
-            )
-        self._kernel_dim = self.weight.dim()
-        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
-
-    def _check_kernel(self, dimensions: int) -> None:
-        if self._kernel_dim != dimensions + 2:
-            raise ValueError(
-                f"{type(self).__name__} adapts convolutions over {dimensions} dimensions, got a "
-                f"{type(self.get_base_layer()).__name__}; use Conv{self._kernel_dim - 2}d."
-            )
-
-    def _check_config(self, adapter_name: str, r: int, config: LoraConfig) -> None:
-        super()._check_config(adapter_name, r, config)
-        groups = self.get_base_layer().groups
-        if r % groups:
-            raise ValueError(
-                f"{self.called} has {groups} groups, so its rank must be a multiple of {groups}, "
-                f"got r={r}; nearest is {max(groups, round(r / groups) * groups)}."
-            )
-
-    def _make_factors(self, adapter_name: str, r: int, bias: bool) -> None:
-        layer = self.get_base_layer()
-        device = self.empty(0).device
-        with device:
-            A = same_kind_layer(layer, layer.in_channels, r, pointwise=False, bias=False)
-            B = same_kind_layer(layer, r, layer.out_channels, pointwise=True, bias=bias)
-        self.lora_A[adapter_name], self.lora_B[adapter_name] = A, B
-
-    def plain_delta(self, adapter: str, gains: torch.Tensor | None = None) -> torch.Tensor:
-        A, B = self.factors(adapter)
-        if self.get_base_layer().groups > 1:
-            raise NotImplementedError(
-                f"{self.called} has {self.get_base_layer().groups} groups, while LoRA's A sees all "
-                f"channels: the adapter {adapter!r} has no weight of the base's shape and cannot be merged."
-            )
-        return self.scaling[adapter] * product(B.flatten(1), A.flatten(1), gains).view(len(B), *A.shape[1:])
-
-
-class Conv1d(_ConvNd):
-    """LoRA on `nn.Conv1d`."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._check_kernel(1)
-
-
-class Conv2d(_ConvNd):
-    """LoRA on `nn.Conv2d`."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._check_kernel(2)
-
-
-class Conv3d(_ConvNd):
-    """LoRA on `nn.Conv3d`."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._check_kernel(3)
-
-
 from .attention import MultiheadAttention  # noqa: E402  (they derive from the classes above)
+from .convolution import Conv1d, Conv2d, Conv3d, _ConvNd  # noqa: E402
 from .parameter import ParamWrapper, _LoraParameterProxy  # noqa: E402
 
 LAYER_CLASSES: dict[str, type[LoraLayer]] = {
@@ -677,6 +580,7 @@ __all__ = [
     "LoraVariant",
     "MultiheadAttention",
     "ParamWrapper",
+    "_ConvNd",
     "_LoraParameterProxy",
     "check_adapters_to_merge",
     "dequantize_module_weight",

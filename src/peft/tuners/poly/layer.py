@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ...engine.calls import RowGroups
 from ...engine.layer import AdapterLayer, BaseTunerLayer
-from ...engine.lifecycle import RowGroups
 from .router import check_task_ids, get_router
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from torch import nn
 
 from ...engine.checkpoint import set_peft_model_state_dict
 from ...engine.layer import deferred_parameters
-from ...engine.lifecycle import Entry, entries_of
+from ...engine.lifecycle import Entry, entries_of, set_trains
 from ...engine.tuner import BaseTuner
 from ...engine.undo import Undo
 from ...utils.constants import DUMMY_TARGET_MODULES
@@ -243,7 +243,7 @@ class XLoraModel(BaseTuner):
         flags, self._trained_before_disabling = self._trained_before_disabling, None
         if flags is not None:
             for parameter, flag in zip(self.internal_xlora_classifier.parameters(), flags):
-                parameter.requires_grad_(flag)
+                set_trains(parameter, flag)
 
     def disable_adapter_layers(self) -> None:
         """Use the base model alone; nothing trains."""
@@ -253,7 +253,7 @@ class XLoraModel(BaseTuner):
             parameters = list(self.internal_xlora_classifier.parameters())
             self._trained_before_disabling = [parameter.requires_grad for parameter in parameters]
             for parameter in parameters:
-                parameter.requires_grad_(False)
+                set_trains(parameter, False)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """The one X-LoRA adapter, with all its experts, is active already; see that it trains, or does not.
@@ -273,7 +273,7 @@ class XLoraModel(BaseTuner):
         frozen = inference_mode or not self.xlora_config.use_trainable_adapters
         self.lora_model.set_adapter(list(self.experts), inference_mode=frozen)
         for parameter in self.internal_xlora_classifier.parameters():
-            parameter.requires_grad_(not inference_mode)
+            set_trains(parameter, not inference_mode)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Not possible: an X-LoRA model has one adapter, which is made with it.
