@@ -147,7 +147,7 @@ def _embedding_entries(
     if option is False:
         return {}
     targeted = _embedding_targeted(config, model)
-    rows_only = getattr(config, "trainable_token_indices", None) is not None or config.peft_type == "TRAINABLE_TOKENS"
+    rows_only = getattr(config, "trainable_token_indices", None) is not None or hasattr(config, "token_indices")
     if option == "auto":
         if targeted and not rows_only:
             warnings.warn("An embedding layer is adapted, so the embeddings are saved with the adapter.")
