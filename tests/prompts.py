@@ -11,6 +11,10 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -66,6 +70,29 @@ def opt():
             **TOKENS,
         )
     )
+
+
+GEMMA = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 6,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "max_position_embeddings": 64,
+    **TOKENS,
+}
+
+
+def gemma2():
+    return Gemma2ForCausalLM(Gemma2Config(**GEMMA))
+
+
+def gemma3():
+    return Gemma3ForCausalLM(Gemma3TextConfig(**GEMMA))
 
 
 def t5():
@@ -195,11 +222,15 @@ def greedy(logits, eos):
 
 
 @torch.no_grad()
-def continued_by_hand(model, input_ids, attention_mask):
-    """Greedy continuation by forward passes over the whole text."""
+def continued_by_hand(model, input_ids, attention_mask, choose=lambda logits: greedy(logits, 2), count=False):
+    """Continuation by forward passes over the whole text, greedy if nothing else is chosen.
+
+    With `count`, padding on the left has no positions, as in a generation of the base model.
+    """
     for _ in range(NEW):
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        input_ids = torch.cat([input_ids, greedy(logits, 2)], dim=1)
+        places = {"position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)} if count else {}
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **places).logits
+        input_ids = torch.cat([input_ids, choose(logits)], dim=1)
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(attention_mask), 1)], dim=1)
     return input_ids
 
@@ -244,3 +275,75 @@ def two(task="SEQ_CLS"):
     move(model, "a")
     move(model, "b")
     return model
+
+
+def scorer(model, input_ids, attention_mask, **extra):
+    """A function from new tokens, of one or several rows per text, to log probabilities of the next; never the end."""
+
+    @torch.no_grad()
+    def score(new):
+        times = len(new) // len(input_ids)
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, **extra}
+        given = {name: value.repeat_interleave(times, 0) for name, value in given.items()}
+        if model.has_two_stacks:
+            start = torch.full((len(new), 1), model.config.decoder_start_token_id)
+            given["decoder_input_ids"] = torch.cat([start, new], dim=1)
+        else:
+            given["input_ids"] = torch.cat([given["input_ids"], new], dim=1)
+            given["attention_mask"] = torch.cat([given["attention_mask"], torch.ones_like(new)], dim=1)
+        scores = model(**given, use_cache=False).logits[:, -1].log_softmax(-1)
+        scores[:, 2] = -torch.inf
+        return scores
+
+    return score
+
+
+def best(scores):
+    return scores.argmax(-1, keepdim=True)
+
+
+def drawn(scores):
+    return torch.multinomial(scores.exp(), 1)
+
+
+def new_tokens_by_hand(model, inputs, choose=best):
+    """The tokens that forward passes over the whole text give, each chosen by `choose`."""
+    score, new = scorer(model, **inputs), torch.empty(len(inputs["input_ids"]), 0, dtype=torch.long)
+    for _ in range(NEW):
+        new = torch.cat([new, choose(score(new))], dim=1)
+    return new
+
+
+def best_beam_by_hand(model, inputs, beams):
+    """The tokens of the best of so many beams."""
+    score, texts = scorer(model, **inputs), len(inputs["input_ids"])
+    new = torch.empty(texts * beams, 0, dtype=torch.long)
+    sums = torch.tensor([0.0] + [-torch.inf] * (beams - 1)).repeat(texts, 1)
+    first = torch.arange(texts)[:, None] * beams
+    for _ in range(NEW):
+        scores = score(new)
+        found = (sums.flatten()[:, None] + scores).view(texts, -1).topk(beams)
+        sums, (rows, tokens) = found.values, (found.indices // scores.shape[1], found.indices % scores.shape[1])
+        new = torch.cat([new[(first + rows).flatten()], tokens.view(-1, 1)], dim=1)
+    return new[::beams]
+
+
+def assert_generates(model, inputs, way):
+    """That generate gives, in one of `WAYS`, the tokens of forward passes repeated by hand."""
+    options = WAYS[way]
+    if "num_beams" in options:
+        expected = best_beam_by_hand(model, inputs, options["num_beams"])
+    else:
+        torch.manual_seed(0)
+        expected = new_tokens_by_hand(model, inputs, drawn if options.get("do_sample") else best)
+    torch.manual_seed(0)
+    assert generate(model, **inputs, **options)[:, -NEW:].tolist() == expected.tolist()
+
+
+WAYS = {
+    "greedy": {},
+    "without a cache": {"use_cache": False},
+    "static cache": {"cache_implementation": "static"},
+    "sampled": {"do_sample": True},
+    "beams": {"num_beams": 3, "length_penalty": 0.0},
+}

@@ -8,7 +8,6 @@ import pytest
 import torch
 from prompts import (
     NEW,
-    TASKS,
     TWO_STACKS,
     VOCAB,
     N,
@@ -27,6 +26,10 @@ from prompts import (
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     DynamicCache,
     GPT2Config,
     T5Config,
@@ -46,6 +49,47 @@ from peft.utils.registry import METHODS, method
 pytestmark = pytest.mark.compat
 
 
+def distilbert():
+    """A model whose attention layers know no cache."""
+    return DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=VOCAB, dim=16, hidden_dim=24, n_layers=1, n_heads=2, dropout=0.0)
+    )
+
+
+class Open(BertForSequenceClassification):
+    """A head that hands on what it does not know."""
+
+
+class Closed(Open):
+    """One that does not, as heads of older libraries."""
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        labels=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+    ):
+        return super().forward(input_ids, attention_mask=attention_mask, return_dict=return_dict)
+
+
+def head(cls):
+    config = BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=8,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        num_labels=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return cls(config)
+
+
 # What a family of encoders may declare. Each toy stands in for the encoder of prompt tuning.
 
 
@@ -61,8 +105,8 @@ class Keys(BasePromptEncoder):
     def forward(self, indices):
         return self.embedding(indices)
 
-    def cache(self, prompt, base_model, config, max_cache_len=None):
-        filled = DynamicCache()
+    def cache(self, prompt, base_model, config, max_cache_len=None, into=None):
+        filled = DynamicCache() if into is None else into
         for layer, (keys, values) in enumerate(prompt.unflatten(-1, (2, 2, 1, 8)).permute(2, 3, 0, 4, 1, 5)):
             filled.update(keys, values, layer)
         return filled
@@ -139,9 +183,17 @@ class TestFamilies:
 
     @pytest.mark.parametrize("encoder", [Keys], indirect=True)
     def test_a_model_that_takes_no_cache_is_named(self, encoder):
-        model = prompted(TASKS["SEQ_CLS"], "SEQ_CLS")
-        with pytest.raises(ValueError, match="BertForSequenceClassification"):
+        model = prompted(distilbert, "SEQ_CLS")
+        with pytest.raises(ValueError, match="DistilBertForSequenceClassification"):
             model(**batch())
+
+    @pytest.mark.parametrize("encoder", [Keys], indirect=True)
+    def test_a_head_that_lets_no_cache_through(self, encoder):
+        open_head, closed = (prompted(lambda cls=cls: head(cls), "SEQ_CLS") for cls in (Open, Closed))
+        assert torch.equal(closed(**batch()).logits, open_head(**batch()).logits)
+        assert len(closed.base_model.bert._forward_pre_hooks) == 0
+        with closed.disable_adapter():
+            assert not torch.equal(closed(**batch()).logits, open_head(**batch()).logits)
 
     @pytest.mark.parametrize("encoder", [Tasks], indirect=True)
     def test_a_prompt_by_task(self, encoder):
@@ -186,7 +238,7 @@ class TestFamilies:
             for _ in range(NEW):
                 logits = model(**inputs, decoder_input_ids=decoded).logits
                 decoded = torch.cat([decoded, greedy(logits, 2)], dim=1)
-        for options in ({}, {"use_cache": False}):
+        for options in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
             assert torch.equal(generate(model, **inputs, **options), decoded)
 
     @pytest.mark.parametrize("encoder", [Weighted], indirect=True)
@@ -212,6 +264,7 @@ class TestHelpers:
             ({"text_config": {"num_layers": 2, "d_model": 8, "num_heads": 4}, "hidden_size": 1}, (2, 8, 4)),
             (T5Config(num_layers=2, d_model=8, num_heads=4), (2, 8, 4)),
             (GPT2Config(n_layer=2, n_embd=8, n_head=4), (2, 8, 4)),
+            (DistilBertConfig(n_layers=2, dim=8, n_heads=4), (2, 8, 4)),
         ],
         ids=str,
     )

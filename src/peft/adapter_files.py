@@ -17,12 +17,11 @@ from .engine.loading import finish_loading
 from .engine.state import LoadResult
 from .engine.undo import Undo
 from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from .utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from .utils.files import replacing
+from .utils.constants import CONFIG_NAME
 from .utils.hub import download_parameters
 from .utils.naming import check_adapter_name, near_misses
 from .utils.registry import method
-from .utils.tensors import id_tensor_storage
+from .utils.tensor_files import write_weights
 
 if TYPE_CHECKING:
     from .peft_model import PeftModel
@@ -212,8 +211,10 @@ class AdapterFiles:
     ) -> _IncompatibleKeys:
         """Load this adapter into a model; arguments as `PeftModel.load_adapter`."""
         check_adapter_name(adapter_name)
-        state = self._read_weights(torch_device, key_mapping)
         is_new = adapter_name not in model.peft_config
+        if not is_new:
+            self._narrow(adapter_name)
+        state = self._read_weights(torch_device, key_mapping)
         with Undo() as undo:
             if is_new:
                 config = self.read_config()
@@ -235,6 +236,16 @@ class AdapterFiles:
         if not is_trainable and model.training:
             model.eval()
         return _IncompatibleKeys(result.missing, result.unexpected)
+
+    def _narrow(self, adapter_name: str) -> None:
+        """Of a folder to which several adapters were saved, mean the one of this name, not the one called "default"."""
+        own = os.path.join(self.source, adapter_name)
+        if (
+            adapter_name != "default"
+            and "subfolder" not in self.hub
+            and os.path.isfile(os.path.join(own, CONFIG_NAME))
+        ):
+            self.source = own
 
     def _read_weights(self, device: str | None, key_mapping: dict[str, str] | None) -> dict[str, torch.Tensor]:
         return load_peft_weights(self.source, device=device, key_mapping=key_mapping, **self.hub)
@@ -297,33 +308,3 @@ def _unwrap(model: PeftModel, trainable: list[nn.Parameter]) -> None:
     (model.prompts if model._is_prompt_learning else model.base_model).unload()
     for parameter in trainable:
         parameter.requires_grad_(True)
-
-
-def write_weights(folder: Path, state: dict[str, torch.Tensor], safe_serialization: bool = True) -> None:
-    """Write an adapter's weights beside and rename.
-
-    Args:
-        folder: an existing folder.
-        state: tensors by their names on disk.
-        safe_serialization: safetensors; torch's format otherwise.
-    """
-    if safe_serialization:
-        from safetensors.torch import save_file
-
-        with replacing(folder / SAFETENSORS_WEIGHTS_NAME) as path:
-            save_file(_apart(state), path, metadata={"format": "pt"})
-    else:
-        with replacing(folder / WEIGHTS_NAME) as path:
-            torch.save(state, path)
-
-
-def _apart(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors that share no storage and are contiguous, as safetensors wants them."""
-    seen: set[Any] = set()
-    result = {}
-    for name, tensor in state.items():
-        storage = id_tensor_storage(tensor)
-        shared = storage in seen and tensor.numel() > 0
-        seen.add(storage)
-        result[name] = tensor.clone().contiguous() if shared else tensor.contiguous()
-    return result

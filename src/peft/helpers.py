@@ -19,7 +19,7 @@ from .engine.layer import AdditiveLayer, BaseTunerLayer
 from .engine.state import base_model_of
 from .peft_model import PeftModel
 from .tuners.lora import LoraLayer, LoraModel, dora
-from .utils.integrations import dequantize_module_weight, get_bnb_param_type
+from .utils.integrations import dequantize_module_weight
 
 # ----------------------------------------------------------------------------------------------------------- signatures
 
@@ -265,8 +265,7 @@ class KappaTuneSelector:
 
 
 def _dense_weight(module: nn.Module) -> torch.Tensor:
-    weight = dequantize_module_weight(module) if get_bnb_param_type(module.weight) else module.weight
-    return weight.detach()
+    return dequantize_module_weight(module).detach()
 
 
 @torch.no_grad()

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .utils.caches import CACHE_NAMES, cache_argument, cache_in, cached_length
+from .utils.caches import CACHE_NAMES, cache_argument, cache_in, cached_length, is_encoder_decoder, takes
 from .utils.modules import _get_batch_size
 from .utils.prompts import IGNORED, shift_tokens_right
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from .peft_tasks import _TaskModel
 
 Arguments = dict[str, Any]
@@ -73,14 +75,17 @@ class PromptInputs:
         Raises:
             ValueError: neither input_ids nor inputs_embeds, or an attention mask that is not (batch, tokens).
         """
-        own = {name: extra[name] for name in self.encoder.own_arguments if name in extra}
+        own = {name: extra[name] for name in self._for_loss() if name in extra}
         arguments = {**inputs, **self.model._without_special(extra)}
         labels = arguments["labels"] if self.encoder.computes_loss and "labels" in arguments else None
         if labels is not None:
             arguments["labels"] = None
         self._put_in(arguments, task_ids)
-        output = self.model.base_model(**arguments)
+        output = self._call(arguments)
         return output if labels is None else _with_loss(output, self.encoder.loss(_logits(output), labels, **own))
+
+    def _for_loss(self) -> tuple[str, ...]:
+        return self.encoder.own_arguments + self.encoder.loss_arguments
 
     def _put_in(self, arguments: Arguments, task_ids: torch.Tensor | None) -> None:
         batch_size = _get_batch_size(arguments.get("input_ids"), arguments.get("inputs_embeds"))
@@ -108,11 +113,13 @@ class PromptInputs:
     def _put_into_cache(
         self, arguments: Arguments, batch_size: int, task_ids: torch.Tensor | None, starts: bool
     ) -> None:
-        stack = DECODER if self.model.has_two_stacks else INPUT
+        stack = DECODER if is_encoder_decoder(self.model.base_model) else INPUT
         if starts:
-            for name in CACHE_NAMES:  # an empty one, perhaps under its older name
+            empty = cache_in(arguments)
+            for name in CACHE_NAMES:  # perhaps under its older name
                 arguments.pop(name, None)
-            arguments[self._cache_argument()] = self.prompts.prompt(batch_size, task_ids)
+            empty = empty if hasattr(empty, "update") else None
+            arguments[self._cache_argument()] = self.prompts.prompt(batch_size, task_ids, into=empty)
         _widen(arguments, stack.mask, self.num_tokens)
         _shift(arguments, stack.positions, self.num_tokens)
 
@@ -137,14 +144,37 @@ class PromptInputs:
         return embeds.shape[1]
 
     def _cache_argument(self) -> str:
+        """What to call the cache; a head that does not know it hands it on to the transformer below."""
         base = self.model.base_model
         name = cache_argument(base.forward)
+        if name is None and self._backbone is not None:
+            name = cache_argument(self._backbone.forward)
         if name is None:
             raise ValueError(
                 f"The prompt of {self.config.peft_type.value} is a cache, and the forward of {type(base).__name__} "
                 "takes none. Use a method whose prompt is embeddings, for example prompt tuning."
             )
         return name
+
+    @property
+    def _backbone(self) -> nn.Module | None:
+        """The transformer below the base model's head, if there is one."""
+        return getattr(self.model.base_model, getattr(self.model, "transformer_backbone_name", ""), None)
+
+    def _call(self, arguments: Arguments) -> Any:
+        """The base model's output. What a head does not let through reaches the transformer below all the same."""
+        base = self.model.base_model
+        name = next((name for name in CACHE_NAMES if name in arguments), None)
+        if name is None or self._backbone is None or takes(base.forward, name):
+            return base(**arguments)
+        cache = {name: arguments.pop(name)}
+        hook = self._backbone.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, **cache}), with_kwargs=True
+        )
+        try:
+            return base(**arguments)
+        finally:
+            hook.remove()
 
     def _drop_positions(self, arguments: Arguments) -> None:
         """Leave positions to the model; virtual tokens get the type 0 where the task has types."""
@@ -211,6 +241,9 @@ class PromptInputs:
         if not extra:
             return prepare(input_ids, **arguments)
         arguments = dict(arguments)
+        if arguments.get("use_cache") is False:  # then each step has the whole text, and starts at the prompt again
+            for name in CACHE_NAMES:
+                arguments.pop(name, None)
         stack = DECODER if self.model.has_two_stacks else INPUT
         length = cached_length(cache_in(arguments))
         new = _new_tokens(arguments, stack, input_ids, None if length is None else max(length - extra, 0))
@@ -228,6 +261,8 @@ class PromptInputs:
         self._put_before(arguments, stack, prompt)
         embeds = arguments[stack.embeds]
         _number(arguments, before=0, new=embeds.shape[1])
+        if stack is DECODER:  # whose embeddings the base model's preparation does not look at, only at how many ids
+            input_ids = input_ids.new_zeros(embeds.shape[:2])
         inputs = _without_positions(prepare(input_ids, **arguments), stack)
         return {**inputs, stack.ids: None, stack.embeds: embeds}
 

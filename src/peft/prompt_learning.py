@@ -20,17 +20,24 @@ from .engine.additional import set_additional_trainable_modules
 from .engine.encoders import BasePromptEncoder, PromptEncoders
 from .engine.injection import Injection, adopt
 from .engine.lifecycle import AdapterHolder, holders_of, set_trains
-from .engine.state import AdapterState, LoadResult, check_finite
+from .engine.offload import execution_device
+from .engine.sharding import below, gathered, is_flattened, reshard, unwrapped, with_values, without_wrappers
+from .engine.state import AdapterState, LoadResult, check_dtype, check_finite
 from .engine.tuner import places_of
 from .engine.undo import Undo
+from .utils.field_types import check_numbers
 from .utils.prompts import _prepare_prompt_learning_config
 from .utils.registry import method
+from .utils.tensors import whole
 
 if TYPE_CHECKING:
     from .config import PromptLearningConfig
     from .peft_model import PeftModel
 
 ENCODERS = "prompt_encoder"
+SIZES = ("num_virtual_tokens", "num_transformer_submodules", "token_dim", "num_layers", "num_attention_heads")
+SIZES += ("encoder_hidden_size", "encoder_num_layers")
+"""Fields that say how large tensors are, where a method has them."""
 
 
 @dataclass(frozen=True)
@@ -84,16 +91,19 @@ class PromptLearning:
         """
         model, base = self.model, self.model.base_model
         model_config = Injection.model_config(base)
+        check_numbers(config)
+        given = {name: getattr(config, name, None) for name in SIZES}
+        _check_sizes(config, {name: size for name, size in given.items() if size is not None})
         _prepare_prompt_learning_config(config, getattr(base, "config", model_config))
         if config.num_transformer_submodules is None:
             config.num_transformer_submodules = 2 if config.task_type == "SEQ_2_SEQ_LM" else 1
-        if not config.num_virtual_tokens or config.num_virtual_tokens < 0:
-            raise ValueError(f"num_virtual_tokens must be a positive number, got {config.num_virtual_tokens!r}.")
+        _check_sizes(config, {name: getattr(config, name, 1) for name in SIZES})
         first = ENCODERS not in model._modules
         if first:
             self._set_up(undo)
         encoder_cls = method(config.peft_type).model_cls
-        encoder = encoder_cls.build(config, model.word_embeddings, base).to(self._device())
+        with gathered(model.word_embeddings):
+            encoder = encoder_cls.build(config, model.word_embeddings, base).to(self._device())
         undo.push(self._forget, adapter_name)
         self.encoders.add(adapter_name, encoder)
         model.special_peft_forward_args |= set(encoder.own_arguments)  # the base model does not know them
@@ -109,8 +119,10 @@ class PromptLearning:
             self._wait(adapter_name, config.inference_mode, wrappers)
 
     def _device(self) -> torch.device:
-        device = next(self.model.word_embeddings.parameters()).device
-        return self.model.device if device.type == "meta" else device  # offloaded: the model says where it runs
+        embeddings = self.model.word_embeddings
+        if isinstance(embeddings, AdapterHolder):
+            embeddings = embeddings.get_base_layer()
+        return execution_device(embeddings) or next(embeddings.parameters()).device
 
     def _set_up(self, undo: Undo) -> None:
         """What the first prompt needs: a frozen base model, and to know its embeddings."""
@@ -198,6 +210,7 @@ class PromptLearning:
             yield
         finally:
             model._adapters_disabled = was_disabled
+            reshard(model)
             for holder in enabled:
                 holder.enable_adapters(True)
 
@@ -216,45 +229,63 @@ class PromptLearning:
         return self.encoder.prompt(self.tokens(self.model.active_adapter), batch_size, task_ids)
 
     def prompt(
-        self, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None
+        self,
+        batch_size: int,
+        task_ids: torch.Tensor | None = None,
+        max_cache_len: int | None = None,
+        into: Any = None,
     ) -> torch.Tensor | Any:
         """The active prompt as the base model takes it: embeddings (batch, tokens, width), or a cache.
 
         Args:
             batch_size: number of rows.
             task_ids: (batch,), for methods that take them.
-            max_cache_len: how many tokens a cache of fixed size must hold.
+            max_cache_len: how many tokens a new cache must have room for; it grows as needed if that is not given.
+            into: an empty cache to fill instead of a new one.
         """
         prompt, encoder = self.embeddings(batch_size, task_ids), self.encoder
         if not encoder.fills_cache:
             return prompt
-        return encoder.cache(prompt, self.model.base_model, self.config, max_cache_len=max_cache_len)
+        return encoder.cache(prompt, self.model.base_model, self.config, max_cache_len=max_cache_len, into=into)
 
     # ----------------------------------------------------------------------------------------------------------- files
 
-    def embedding_to_save(self, adapter_name: str, state_dict: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
-        """What a file holds of a prompt: (tokens, width), on the CPU.
+    def embedding_to_save(self, adapter_name: str) -> torch.Tensor:
+        """The prompt as a file holds it: (tokens, width), on the CPU.
+
+        Args:
+            adapter_name: a known name.
+        """
+        return self.tensors_to_save(adapter_name)["prompt_embeddings"]
+
+    def tensors_to_save(
+        self, adapter_name: str, state_dict: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """What a file holds of a prompt by the names on disk, on the CPU.
 
         Args:
             adapter_name: a known name.
             state_dict: take the encoder's parameters from here, by their names in memory, instead of from the model.
         """
-        encoder = self.encoders[adapter_name]
-        values = _parameters_in(state_dict or {}, f"{ENCODERS}.{adapter_name}.")
-        training = encoder.training
-        encoder.eval()  # dropout has no place in a file
-        try:
-            with torch.no_grad():
-                saved = torch.func.functional_call(_Saving(encoder), values, (self.tokens(adapter_name),))
-        finally:
-            encoder.train(training)
-        return saved.cpu()
+        encoder, tokens = self.encoders[adapter_name], self.tokens(adapter_name)
+        reshard(self.model)
+        if state_dict is None:
+            with gathered(encoder):
+                return _tensors_to_save(encoder, tokens)
+        prefix = f"{ENCODERS}.{adapter_name}."
+        given = below({without_wrappers(key): value for key, value in state_dict.items()}, prefix)
+        if not given:  # not the process that has them
+            return {}
+        # What does not train may be left out. Nothing is asked of the other processes: perhaps only one of them saves.
+        own = {} if is_flattened(encoder) else dict(encoder.named_parameters())
+        values = {**own, **{name: whole(value) for name, value in given.items()}}
+        return _tensors_to_save(with_values(encoder, values), tokens.to(next(iter(values.values())).device))
 
     def state(self, adapter_name: str, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """A prompt's tensors by their names on disk; the copies beside it not included."""
         configs = self.model.peft_config
         others = [name for name in configs if name != adapter_name]
-        encoder_cls = type(self.encoders[adapter_name])
+        encoder_cls = type(unwrapped(self.encoders[adapter_name]))
         return encoder_cls._get_adapter_state_dict(self.model, configs[adapter_name], adapter_name, state_dict, others)
 
     def load_state(
@@ -272,7 +303,8 @@ class PromptLearning:
             ValueError: a tensor has NaN or infinite values.
         """
         encoder = self.encoders[adapter_name]
-        shapes = encoder.saved_shapes()
+        with gathered(encoder):
+            shapes = encoder.saved_shapes()
         own = {name: state[name] for name in shapes if name in state}
         wrong = {name: tuple(value.shape) for name, value in own.items() if value.shape != shapes[name]}
         if wrong:
@@ -286,13 +318,21 @@ class PromptLearning:
                 )
             warnings.warn(f"Weights of another shape are left out for the adapter {adapter_name!r}: {lines}.")
         fitting = {name: value for name, value in own.items() if name not in wrong}
+        for name, value in fitting.items():
+            check_dtype(name, value, torch.float32)
         check_finite(fitting)
         beside = {name: value for name, value in state.items() if name not in shapes}
         result = AdapterState(self.model, adapter_name).write(beside, ignore_mismatched_sizes=ignore_mismatched_sizes)
-        with torch.no_grad():
+        with torch.no_grad(), gathered(encoder, store=True):
             encoder._load_adapter_state_dict(fitting)
         self.encoders.refresh([adapter_name])
         return LoadResult([name for name in shapes if name not in own] + result.missing, result.unexpected)
+
+
+def _check_sizes(config: PromptLearningConfig, sizes: dict[str, int | None]) -> None:
+    for name, size in sizes.items():
+        if not size or size < 0:
+            raise ValueError(f"{name} of {type(config).__name__} must be a positive number, got {size!r}.")
 
 
 def _set_all(parameters: list[nn.Parameter], flag: bool) -> None:
@@ -342,18 +382,11 @@ def find_word_embeddings(backbone: nn.Module) -> nn.Module:
     return embeddings
 
 
-class _Saving(nn.Module):
-    """An encoder whose call gives what a file holds, so that it can be called with other parameters."""
-
-    def __init__(self, encoder: BasePromptEncoder) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, indices: torch.Tensor) -> torch.Tensor:
-        return self.encoder.prompt_to_save(indices)
-
-
-def _parameters_in(state_dict: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """The parameters of the encoder under that prefix, by their names in `_Saving`."""
-    plain = {key.replace("_fsdp_wrapped_module.", ""): value for key, value in state_dict.items()}
-    return {f"encoder.{key.removeprefix(prefix)}": value for key, value in plain.items() if key.startswith(prefix)}
+@torch.no_grad()
+def _tensors_to_save(encoder: BasePromptEncoder, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    training = encoder.training
+    encoder.eval()  # dropout has no place in a file
+    try:
+        return {name: value.cpu() for name, value in encoder.tensors_to_save(tokens).items()}
+    finally:
+        encoder.train(training)

@@ -32,6 +32,8 @@ class BasePromptEncoder(nn.Module):
     """Names of parameters that never train."""
     own_arguments: ClassVar[tuple[str, ...]] = ()
     """Names of arguments of the model's forward that are for `loss` and not for the base model."""
+    loss_arguments: ClassVar[tuple[str, ...]] = ()
+    """Names of arguments of the model's forward that are for `loss` and for the base model."""
     computes_loss: ClassVar[bool] = False
     """Whether `loss` takes the place of the base model's."""
 
@@ -68,14 +70,22 @@ class BasePromptEncoder(nn.Module):
         """
         return self(indices.unsqueeze(0)).expand(batch_size, -1, -1)
 
-    def cache(self, prompt: torch.Tensor, base_model: nn.Module, config: Any, max_cache_len: int | None = None) -> Any:
+    def cache(
+        self,
+        prompt: torch.Tensor,
+        base_model: nn.Module,
+        config: Any,
+        max_cache_len: int | None = None,
+        into: Any = None,
+    ) -> Any:
         """The cache that a prompt of keys and values fills; for encoders that do.
 
         Args:
             prompt: what `prompt` gave.
             base_model: the model whose attention layers are to read it.
             config: the adapter's configuration.
-            max_cache_len: how many tokens a cache of fixed size must hold.
+            max_cache_len: how many tokens a new cache must have room for; it grows as needed if that is not given.
+            into: an empty cache to fill; a new one is made otherwise.
         """
         raise NotImplementedError(f"The prompt of a {type(self).__name__} is embeddings and fills no cache.")
 
@@ -85,7 +95,7 @@ class BasePromptEncoder(nn.Module):
         Args:
             logits: the base model's, (batch, virtual and other tokens, vocabulary).
             labels: (batch, tokens), those of the input.
-            own: the arguments in `own_arguments` that were given.
+            own: the arguments in `own_arguments` and `loss_arguments` that were given.
         """
         raise NotImplementedError(f"{type(self).__name__} leaves the loss to the base model.")
 
@@ -98,6 +108,14 @@ class BasePromptEncoder(nn.Module):
             indices: (tokens,), long.
         """
         return self(indices.unsqueeze(0))[0]
+
+    def tensors_to_save(self, indices: torch.Tensor) -> dict[str, torch.Tensor]:
+        """All that a file holds, by name on disk.
+
+        Args:
+            indices: (tokens,), long.
+        """
+        return {"prompt_embeddings": self.prompt_to_save(indices)}
 
     def saved_shapes(self) -> dict[str, torch.Size]:
         """Names on disk of the tensors that this encoder loads, with their shapes."""
@@ -121,12 +139,64 @@ class BasePromptEncoder(nn.Module):
             state_dict: take the values from here, by their names in memory, instead of from the model.
             unwanted_adapter_names: the other adapters.
         """
-        return {"prompt_embeddings": model.prompts.embedding_to_save(adapter_name, state_dict)}
+        return model.prompts.tensors_to_save(adapter_name, state_dict)
 
     def _load_adapter_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Take the tensors of a file: of the names and shapes in `saved_shapes`, perhaps not all of them."""
         if "prompt_embeddings" in state_dict:
             self.embedding.weight.copy_(state_dict["prompt_embeddings"])
+
+
+class ReparameterizedEncoder(BasePromptEncoder):
+    """One that may compute its prompt through a network, because that trains better than the prompt itself.
+
+    A file holds the prompt and not the network. Loaded into an encoder with a network, that prompt takes the place of
+    what the network computes at that moment, exactly; what the network learns from then on is added to it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("loaded", None)
+        self.register_buffer("computed", None)
+
+    @property
+    def has_network(self) -> bool:
+        """Whether the prompt is more than the embedding itself."""
+        raise NotImplementedError
+
+    def compute(self, indices: torch.Tensor) -> torch.Tensor:
+        """What the network, or the embedding alone, makes of the indices: (batch, tokens) -> (batch, tokens, width)."""
+        raise NotImplementedError
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        """The prompt.
+
+        Args:
+            indices: (batch, tokens), long, each row all tokens of the prompt.
+
+        Returns:
+            (batch, tokens, width).
+        """
+        prompt = self.compute(indices)
+        return prompt if self.loaded is None else self.loaded + (prompt - self.computed)
+
+    def _load_adapter_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
+        if not self.has_network:
+            super()._load_adapter_state_dict(state_dict)
+        elif "prompt_embeddings" in state_dict:
+            weight = self.embedding.weight
+            training = self.training
+            self.eval()  # without dropout
+            computed = self.compute(torch.arange(len(weight), device=weight.device).unsqueeze(0)).detach()
+            self.train(training)
+            self.computed, self.loaded = computed, state_dict["prompt_embeddings"].to(computed, copy=True)
+
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *rest: Any) -> None:
+        if f"{prefix}embedding.weight" in state_dict:  # of a whole encoder, into which a prompt was loaded or not
+            for name in ("loaded", "computed"):
+                value = state_dict.get(prefix + name)
+                setattr(self, name, None if value is None else value.to(self.embedding.weight, copy=True))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class PromptEncoders(AdapterHolder, nn.ModuleDict):

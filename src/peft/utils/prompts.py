@@ -61,7 +61,9 @@ def _as_dict(model_config: Any) -> dict[str, Any]:
         return model_config.get("text_config") or model_config
     if hasattr(model_config, "get_text_config"):
         model_config = model_config.get_text_config()
-    found = dict(model_config.to_dict())
+    aliases = getattr(model_config, "attribute_map", {})  # a DistilBert says dim and answers to hidden_size
+    found = {name: getattr(model_config, name) for name in aliases if hasattr(model_config, name)}
+    found |= model_config.to_dict()
     layers = getattr(model_config, "num_hidden_layers", None)
     return found if layers is None else {**found, "num_hidden_layers": layers}
 

@@ -26,6 +26,7 @@ from ...engine.state import BASE_PREFIX, base_model_of, file_name
 from ...utils.constants import SAFETENSORS_WEIGHTS_NAME
 from ...utils.naming import did_you_mean
 from ...utils.peft_types import PeftType
+from ...utils.tensor_files import write_weights
 from .config import LoraConfig
 
 OUT_PROJECTION = ".base_layer.out_proj"
@@ -102,8 +103,6 @@ def save_as_lora(
     if os.path.isfile(path):
         raise ValueError(f"{os.fspath(path)!r} is a file; an adapter is saved to a folder.")
     config, state = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
-    from ...adapter_files import write_weights  # lazy: files of adapters are above the methods
-
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder, state)
