@@ -21,10 +21,14 @@ from ..utils.constants import (
 )
 from ..utils.devices import infer_device
 from ..utils.hub import cached_file, file_exists, is_offline
+from ..utils.tensor_files import read_tensors, torch_load
+from ..utils.tensors import whole
 from .layer import BaseTunerLayer
 from .lifecycle import AdapterHolder, belongs_to_adapter, holders_of
 from .matching import match_target_against_key
-from .state import BASE_PREFIX, AdapterState, LoadResult
+from .offload import stored
+from .sharding import without_wrappers
+from .state import BASE_PREFIX, AdapterState, LoadResult, base_model_of
 
 LoadedKeys = namedtuple("LoadedKeys", ["missing_keys", "unexpected_keys"])
 
@@ -157,14 +161,15 @@ def _embedding_entries(
         warnings.warn("The embeddings are not saved: the model has no get_input_embeddings to find them by.")
         return {}
     entries: dict[str, torch.Tensor] = {}
-    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+    base = base_model_of(model)
+    for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
         if targeted and not has_valid_embedding_base_layer(layer):
             continue
         name = get_embedding_layer_name(model, layer, targeted)
         if name is not None:
             source = model.state_dict() if state_dict is None else state_dict
             entries |= {
-                key: value
+                without_wrappers(key): whole(stored(model, key, value))
                 for key, value in source.items()
                 if key.startswith(f"{name}.") and key not in taken and not belongs_to_adapter(model, key)
             }
@@ -222,11 +227,6 @@ def _vocab_size_at(source: str, revision: str | None) -> int | None:
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def torch_load(*args: Any, weights_only: bool = True, **kwargs: Any) -> Any:
-    """`torch.load` that unpickles nothing but tensors unless told otherwise."""
-    return torch.load(*args, weights_only=weights_only, **kwargs)
-
-
 def load_peft_weights(
     model_id: str, device: str | None = None, key_mapping: dict[str, str] | None = None, **hf_hub_download_kwargs: Any
 ) -> dict[str, torch.Tensor]:
@@ -239,19 +239,10 @@ def load_peft_weights(
         hf_hub_download_kwargs: `subfolder`, `revision`, `token`, ...
 
     Raises:
-        ValueError: there are no adapter weights.
+        ValueError: there are no adapter weights, or the file is damaged or has something else in it.
     """
     path = _weights_file(model_id, hf_hub_download_kwargs)
-    device = infer_device() if device is None else device
-    if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        state = load_file(path, device="cpu" if str(device) == "mps" else str(device))
-        state = {key: value.to(device) for key, value in state.items()} if str(device) == "mps" else state
-    else:
-        state = torch_load(path, map_location=torch.device(device))
-        if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
-            raise ValueError(f"{path} is no dictionary of tensors.")
+    state = read_tensors(path, infer_device() if device is None else device)
     return {_mapped(key, key_mapping): value for key, value in state.items()} if key_mapping else state
 
 
@@ -305,8 +296,7 @@ def _plain_name(model: nn.Module, name: str) -> str | None:
     parts = []
     for part in name.split("."):
         if isinstance(module, AdapterHolder):
-            inner = part in ("base_layer", "original_module", "token_adapter")
-            if not inner:
+            if part not in module.inner_modules:
                 return None
         else:
             parts.append(part)

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..utils.naming import near_misses
 from .calls import CallInputs, MixedBatch
+from .offload import onload_layer
 
 
 @dataclass
@@ -95,6 +96,8 @@ class Entry:
     saved: str
     owner: nn.Module
     attribute: str
+    outside: bool = False
+    """Whether the model does not register the tensor, so that its `state_dict` lacks it."""
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -125,8 +128,10 @@ def entries_of(container: nn.Module, name: str, adapter: str) -> Iterator[Entry]
         for attribute in [*module._parameters, *module._buffers]:
             tensor = module._parameters.get(attribute, module._buffers.get(attribute))
             if tensor is not None and attribute not in module._non_persistent_buffers_set:
-                inner = f"{path}.{attribute}" if path else attribute
-                yield Entry(f"{name}.{adapter}.{inner}", f"{name}.{inner}", module, attribute)
+                # FSDP1 makes one parameter of several, which knows their names.
+                for part in getattr(tensor, "_fqns", (attribute,)):
+                    inner = f"{path}.{part}" if path else part
+                    yield Entry(f"{name}.{adapter}.{inner}", f"{name}.{inner}", module, attribute)
 
 
 def _existing(module: Any, name: str) -> Any:
@@ -163,6 +168,14 @@ def set_trains(parameter: torch.Tensor, flag: bool) -> None:
         parameter.requires_grad_(flag)
 
 
+BEFORE_DISABLING = "_trained_before_disabling"
+
+
+def flag_before_disabling(parameter: nn.Parameter) -> bool:
+    """Whether a parameter trained before the first of the holders that share it was disabled."""
+    return parameter.__dict__.setdefault(BEFORE_DISABLING, parameter.requires_grad)
+
+
 class AdapterHolder:
     """A module with any number of named adapters, of which some are active.
 
@@ -176,6 +189,8 @@ class AdapterHolder:
     """Further attributes keyed by adapter name."""
     frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
     """Adapter name -> containers whose tensors never train for it."""
+    inner_modules: tuple[str, ...] = ("base_layer", "original_module", "token_adapter")
+    """Submodules that are of the base model, or lead to what is; all others are adapters'."""
     exclusive = False
     """Whether one adapter replaces the module as a whole, so that two cannot be active together."""
     cast_input_dtype_enabled = True
@@ -356,7 +371,8 @@ class AdapterHolder:
                 f"The adapters {self.merged_adapters} are merged into {self._label or type(self).__name__}; they are "
                 "unmerged before others are activated."
             )
-            self.unmerge()
+            with onload_layer(self):
+                self.unmerge()
         changed = frozenset(adapter_names)
         # Past Module.__setattr__: this is done for every layer of a model at each switch.
         self.__dict__.update(
@@ -385,12 +401,13 @@ class AdapterHolder:
 
     def _disable(self) -> None:
         self._flags_before_disabling = {
-            (adapter, container, index): parameter.requires_grad
+            (adapter, container, index): flag_before_disabling(parameter)
             for adapter, container, index, parameter in self.adapter_parameters()
         }
         if self.merged_adapters:
             self._merged_before_disabling = (tuple(self.merged_adapters), False)
-            self.unmerge()
+            with onload_layer(self):
+                self.unmerge()
         self._disable_adapters = True
         self.refresh()
 
@@ -401,8 +418,10 @@ class AdapterHolder:
         self.refresh()
         for adapter, container, index, parameter in self.adapter_parameters():
             set_trains(parameter, flags.get((adapter, container, index), parameter.requires_grad))
+            parameter.__dict__.pop(BEFORE_DISABLING, None)
         if merged is not None:
-            self.merge(adapter_names=list(merged[0]))
+            with onload_layer(self):
+                self.merge(adapter_names=list(merged[0]))
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Set the flag of all weights of these adapters by hand; names that the module does not hold are ignored."""
@@ -434,7 +453,8 @@ class AdapterHolder:
         was_active = adapter_name in self.active_adapters
         active = self.roster.fallback(self.active_adapters, adapter_name) if was_active else self.active_adapters
         if adapter_name in self.merged_adapters or (was_active and self.merged_adapters):
-            self.unmerge()
+            with onload_layer(self):
+                self.unmerge()
         if was_active and active and active != [n for n in self.active_adapters if n != adapter_name]:
             warnings.warn(f"The active adapter {adapter_name!r} was deleted; {active[0]!r} becomes the active one.")
         self._drop(adapter_name)
@@ -513,7 +533,9 @@ def belongs_to_adapter(model: nn.Module, name: str) -> bool:
     """Whether the tensor of that dotted name is an adapter's, and not the base model's."""
     module: Any = model
     for part in name.split(".")[:-1]:
-        if isinstance(module, AdapterHolder) and part not in ("base_layer", "original_module", "token_adapter"):
+        if isinstance(module, AdapterHolder) and part not in module.inner_modules:
             return True
         module = module._modules.get(part)
+        if module is None:  # a packed weight comes with tensors of its own, as in "weight.absmax"
+            return False
     return isinstance(module, AdapterHolder)

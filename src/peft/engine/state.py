@@ -16,10 +16,11 @@ from torch import nn
 
 from ..utils.naming import near_misses
 from ..utils.registry import method
-from ..utils.tensors import is_spread, spread_like
+from ..utils.tensors import is_spread, spread_like, whole
 from .auxiliary import AuxiliaryTrainingWrapper
 from .layer import BaseTunerLayer
 from .lifecycle import Entry, belongs_to_adapter, holders_of
+from .sharding import is_flattened, reshard, without_wrappers
 
 BASE_PREFIX = "base_model.model."
 
@@ -69,7 +70,7 @@ def file_name(model: nn.Module, name: str, adapter_name: str) -> str:
         if not (foreign and part == "base_layer") and part != getattr(type(module), "inner_tuner_name", None):
             parts.append(part)
         module = module._modules.get(part)
-    return ".".join(parts)
+    return without_wrappers(".".join(parts))
 
 
 class AdapterState:
@@ -107,12 +108,12 @@ class AdapterState:
     def _prefixed(self, name: str, holder: Any, entries: Iterator[Entry]) -> Iterator[Slot]:
         live, saved = (f"{path}." if path else "" for path in (name, file_name(self.model, name, self.adapter_name)))
         for entry in entries:
-            yield Slot(live + entry.live, saved + entry.saved, entry, holder)
+            yield Slot(live + entry.live, without_wrappers(saved + entry.saved), entry, holder)
 
     # --------------------------------------------------------------------------------------------------------- reading
 
     def read(self, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """The adapter's tensors by their names on disk.
+        """The adapter's tensors by their names on disk; whole ones, if the model's are spread over processes.
 
         Args:
             state_dict: take the values from here, by their names in memory, instead of from the model.
@@ -122,13 +123,14 @@ class AdapterState:
         if state_dict is None:
             state = {slot.saved: slot.entry.tensor.detach() for slot in self.slots.values()}
         else:
-            plain = {key.replace("_fsdp_wrapped_module.", ""): value for key, value in state_dict.items()}
-            names = {slot.saved: slot.live.replace("_fsdp_wrapped_module.", "") for slot in self.slots.values()}
-            state = {saved: plain[live] for saved, live in names.items() if live in plain}
-        state = {key.replace("_fsdp_wrapped_module.", ""): value for key, value in state.items()}
-        state |= self._biases()
-        if getattr(base_model_of(self.model), "_tp_size", None):  # all ranks do this together
-            state = {key: value.full_tensor() if is_spread(value) else value for key, value in state.items()}
+            state_dict = {without_wrappers(key): value for key, value in state_dict.items()}
+            names = {slot.saved: without_wrappers(slot.live) for slot in self.slots.values()}
+            state = {saved: state_dict[live] for saved, live in names.items() if live in state_dict}
+            state |= {key: slot.entry.tensor.detach() for key, slot in self.slots.items() if slot.entry.outside}
+        biases = {without_wrappers(name): bias for name, bias in self._biases().items()}
+        if state_dict is not None:
+            biases = {name: state_dict[name] for name in biases if name in state_dict}
+        state = {key: whole(value) for key, value in (state | biases).items()}
         return self._hook("adapter_state_to_save", state)
 
     def _biases(self) -> dict[str, torch.Tensor]:
@@ -169,11 +171,19 @@ class AdapterState:
             RuntimeError: a tensor has another shape than its place.
             ValueError: a tensor has NaN or infinite values.
         """
-        state = self._hook("adapter_state_to_load", {self.file_key(key): value for key, value in state.items()})
+        reshard(self.model)
+        state = {self.file_key(key): whole(value) for key, value in state.items()}
+        state = self._hook("adapter_state_to_load", state)
+        if is_flattened(self.model):
+            return self._write_flattened(state)
         plan = {key: (slot, state[key]) for key, slot in self.slots.items() if key in state}
         extra = {key: value for key, value in state.items() if key not in self.slots}
         base, unexpected = self._base_tensors(extra)
         self._check_shapes(plan, base, ignore_mismatched_sizes)
+        for key, (slot, value) in plan.items():
+            check_dtype(key, value, slot.entry.tensor.dtype)
+        for key, (target, value) in base.items():
+            check_dtype(key, value, target.dtype)
         check_finite(
             {key: value for key, (_, value) in plan.items()} | {key: value for key, (_, value) in base.items()}
         )
@@ -181,11 +191,26 @@ class AdapterState:
             for slot, value in plan.values():
                 _store(slot.entry, value, assign)
             for target, value in base.values():
-                target.data.copy_(value)
+                target.data.copy_(spread_like(value, target) if is_spread(target) else value)
         for _, holder in holders_of(self.model):
             holder._plan = holder._make_plan()
         missing = [slot.live for key, slot in self.slots.items() if key not in plan]
         return LoadResult(missing, unexpected)
+
+    def _write_flattened(self, state: dict[str, torch.Tensor]) -> LoadResult:
+        """`write` for FSDP1, whose parameters only its own hooks can load."""
+        check_finite(state)
+        live = {saved: without_wrappers(slot.live) for saved, slot in self.slots.items()}
+        fitting = {live.get(key, key): value for key, value in state.items()}
+        foreign = set(self.model.load_state_dict(fitting, strict=False).unexpected_keys)
+        lost = sorted(foreign.intersection(live.values()))
+        if lost:
+            raise RuntimeError(
+                f"The weights {lost[:5]} of the adapter {self.adapter_name!r} belong to an FSDP unit around this "
+                f"{type(self.model).__name__}. Load them into the FSDP module itself."
+            )
+        missing = [slot.live for saved, slot in self.slots.items() if saved not in state]
+        return LoadResult(missing, [key for key in state if key not in live and key in foreign])
 
     def file_key(self, key: str) -> str:
         """A name on disk as this model has it: with the wrapper's prefix exactly if the model is wrapped."""
@@ -251,6 +276,21 @@ def _packed_4bit(expected: torch.Size, found: torch.Size) -> bool:
     return bool(expected) and expected[-1] == 1 and expected.numel() * 2 == found.numel()
 
 
+def check_dtype(key: str, value: torch.Tensor, expected: torch.dtype) -> None:
+    """Refuse a tensor of numbers of another sort: real numbers are not made of whole or complex ones.
+
+    Args:
+        key: the name to mention.
+        value: the tensor.
+        expected: the dtype of its place.
+
+    Raises:
+        ValueError: it is of another sort.
+    """
+    if (value.is_floating_point(), value.is_complex()) != (expected.is_floating_point, expected.is_complex):
+        raise ValueError(f"The weight {key!r} is of {value.dtype}, expected {expected}. Nothing was loaded.")
+
+
 def check_finite(tensors: dict[str, torch.Tensor]) -> None:
     """Refuse tensors with NaN or infinite values.
 
@@ -274,8 +314,9 @@ def check_finite(tensors: dict[str, torch.Tensor]) -> None:
 
 def _store(entry: Entry, value: torch.Tensor, assign: bool) -> None:
     current = entry.tensor
-    if is_spread(current) and not is_spread(value):
+    if is_spread(current):
         value = spread_like(value, current)
+        assign = assign and current.is_meta  # whoever spread the others keeps them too
     if not assign and not current.is_meta:
         current.data.copy_(value)
         return
