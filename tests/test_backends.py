@@ -128,3 +128,35 @@ def test_save_and_load(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(Net(), tmp_path)
     assert torch.equal(loaded(X), model(X))
+
+
+@pytest.mark.parametrize("make", [Net, lambda: nn.Sequential(PackedLinear(nn.Linear(8, 6)), nn.Linear(6, 4))])
+def test_a_copy_is_dense_and_stays_in_place(make, tmp_path):
+    base = make()
+    packed = next(name for name, module in base.named_modules() if isinstance(module, PackedLinear))
+    other = "lin1" if packed == "lin0" else "1"
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=[other], modules_to_save=[packed]))
+    copy = model.base_model.model.get_submodule(packed).modules_to_save["default"]
+    assert isinstance(copy, nn.Linear) and torch.equal(
+        copy.weight, base.get_submodule(packed).original_module.unpacked()
+    )
+    with pytest.raises(TypeError, match=f"{packed}: its weight is kept by packed, which can only be read"):
+        model.merge_adapter()
+    assert model.base_model.model.get_submodule(packed).merged_adapters == []
+    assert model.merge_and_unload().get_submodule(packed) is copy
+
+
+def test_a_copy_of_a_layer_of_another_kind_is_refused(packed_backend, monkeypatch):
+    monkeypatch.setattr(packed_backend, "layer_type", "conv2d")
+    with pytest.raises(TypeError, match="A PackedLinear, whose weight is kept by packed, cannot be copied"):
+        get_peft_model(Net(), LoraConfig(r=2, target_modules=["lin1"], modules_to_save=["lin0"]))
+
+
+def test_adapters_on_top_of_merged_ones_count_from_the_original_weight():
+    model = adapted(use_dora=True)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["lin0"], use_dora=True))
+    layer = model.base_model.model.lin0
+    original = layer.get_base_weight().clone()
+    model.merge_adapter(["default"])
+    assert not torch.equal(layer.get_base_weight(), original)
+    assert torch.equal(layer.unmerged_weight(), original)

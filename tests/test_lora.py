@@ -243,6 +243,12 @@ class TestParameters:
         with pytest.raises(ValueError, match="The parameter 'weight' has 4 dimensions; 2 and 3 can be adapted"):
             self.model(Experts(2, 2, 4, 3))
 
+    def test_codes(self):
+        experts = Experts()
+        experts.weight = nn.Parameter(experts.weight.detach().to(torch.int8), requires_grad=False)
+        with pytest.raises(TypeError, match=r"layer.weight of the adapter 'default' is quantised \(in torch.int8\)"):
+            self.model(experts)
+
     def test_mixed_batches(self):
         model = self.model().eval()
         with pytest.raises(ValueError, match="layer is adapted by target_parameters, which does not support mixed"):

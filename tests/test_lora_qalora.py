@@ -1,32 +1,24 @@
-"""QA-LoRA: A sees the means of groups of inputs. On a stand-in for the quantised layers that ask for it."""
+"""QA-LoRA: A sees the means of groups of inputs. On a stand-in for the layers of GPTQ that ask for it."""
 
 import pytest
 import torch
+from stand_ins import TorchLinear
 from torch import nn
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora.layer import Linear
+from peft.engine.backends import dense_weight
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from peft.tuners.lora.qalora import pooled
 from peft.tuners.lora.variants import QALoraLinearVariant
 
-
-class Packed(nn.Linear):
-    """In the place of a layer whose weight is quantised."""
-
-
-class PackedLora(Linear):
-    """LoRA on it, which asks for the variant as `use_qalora` says."""
-
-    def resolve_lora_variant(self, *, config, **kwargs):
-        other = super().resolve_lora_variant(config=config, **kwargs)
-        return QALoraLinearVariant() if config.use_qalora else other
+pytestmark = pytest.mark.stand_in
 
 
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(1)
-        self.packed = Packed(6, 8)
+        self.packed = TorchLinear(nn.Linear(6, 8), group_size=3)
         self.other = nn.Linear(8, 3)
 
     def forward(self, x):
@@ -42,9 +34,7 @@ def config(**options):
         "qalora_group_size": 3,
         **options,
     }
-    result = LoraConfig(**options)
-    result._register_custom_module({Packed: PackedLora})
-    return result
+    return LoraConfig(**options)
 
 
 def adapted(**options):
@@ -90,7 +80,7 @@ def test_a_mixed_batch_and_a_reload(tmp_path):
     mixed = model.eval()(x, adapter_names=["plain", "default", "__base__"])
     torch.testing.assert_close(mixed[1], model(x)[1])
     model.save_pretrained(tmp_path, selected_adapters=["default"])
-    loaded = PeftModel.from_pretrained(Net(), tmp_path, config=config())
+    loaded = PeftModel.from_pretrained(Net(), tmp_path)
     torch.testing.assert_close(loaded(x), model(x))
     model.set_adapter("plain")
     torch.testing.assert_close(mixed[0], model(x)[0])
@@ -99,6 +89,7 @@ def test_a_mixed_batch_and_a_reload(tmp_path):
 def test_it_has_no_weight_to_merge():
     model, layer = adapted()
     before = layer.weight.clone()
+    assert type(layer) is GPTQLoraLinear and layer.weight is layer.base_layer.qweight
     for attempt in (
         model.merge_adapter,
         model.merge_and_unload,
@@ -119,8 +110,19 @@ def test_groups_that_do_not_fit_are_refused(size):
         adapted(qalora_group_size=size)
 
 
+def test_a_group_for_each_scale_changes_the_zero_points_alone():
+    model, layer = adapted()
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    # With a group of inputs for each group of the weight, an update adds one number to each of the group's weights: two
+    # groups, whose mean of three inputs is taken times two, and s = 3/2.
+    update = (1.5 * (B @ A) * 2 / 3).repeat_interleave(3, dim=1)
+    x = torch.randn(4, 6)
+    expected = x @ (dense_weight(layer.base_layer).float() + update).T + layer.base_layer.bias.float()
+    torch.testing.assert_close(layer(x), expected)
+
+
 def test_an_ordinary_model_has_no_use_for_it_and_says_so():
-    ordinary = LoraConfig(r=2, target_modules=["other"], use_qalora=True)
+    ordinary = LoraConfig(r=2, target_modules=["0"], use_qalora=True)
     with pytest.warns(UserWarning, match="use_qalora is for layers that GPTQ has quantised"):
-        model = get_peft_model(Net(), ordinary)
-    assert model.base_model.model.other.lora_A["default"].weight.shape == (2, 8)
+        model = get_peft_model(nn.Sequential(nn.Linear(8, 3)), ordinary)
+    assert model.base_model.model[0].lora_A["default"].weight.shape == (2, 8)

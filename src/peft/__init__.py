@@ -52,6 +52,15 @@ _HOMES: dict[str, str] = {
         ),
         "mapping",
     ),
+    **dict.fromkeys(
+        (
+            "compose_cartridge_adapters",
+            "initialize_kv_prefix_from_past_key_values",
+            "initialize_kv_prefix_from_text",
+            "prompt_embeddings_from_past_key_values",
+        ),
+        "tuners.cartridge.utils",
+    ),
     "get_peft_model": "mapping_func",
     "find_kappa_target_modules": "helpers",
     **dict.fromkeys(

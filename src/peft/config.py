@@ -42,6 +42,8 @@ class PeftConfigMixin(PushToHubMixin):
 
     module_patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
     """Fields, where the method has them, that map patterns of module names to values."""
+    fractional: ClassVar[tuple[str, ...]] = ()
+    """Fields annotated as whole numbers, and patterns, whose numbers may be fractions all the same."""
 
     task_type: TaskType | None = field(default=None, metadata={"help": "What the model is for"})
     peft_type: PeftType | None = field(default=None, metadata={"help": "The method"})
@@ -52,7 +54,7 @@ class PeftConfigMixin(PushToHubMixin):
         tasks = [task.value for task in TaskType]
         if self.task_type is not None and self.task_type not in tasks:
             hint = did_you_mean(str(self.task_type), tasks)
-            raise ValueError(f"There is no task type {self.task_type!r}; there are {', '.join(tasks)}.{hint}")
+            raise ValueError(f"There is no task_type {self.task_type!r}; there are {', '.join(tasks)}.{hint}")
         if self.peft_version is None:
             self.peft_version = self._get_peft_version()
 
@@ -151,7 +153,7 @@ class PeftConfigMixin(PushToHubMixin):
             data = file.read()
         try:
             content = json.loads(data)
-        except ValueError as error:  # no JSON, or not even text
+        except (ValueError, RecursionError) as error:  # no JSON, not even text, or nested without end
             raise ConfigFileError(f"{path_json_file}: this is not JSON: {error}.") from error
         if not isinstance(content, dict):
             raise ConfigFileError(f"{path_json_file}: expected a JSON object, found a {type(content).__name__}.")

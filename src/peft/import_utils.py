@@ -6,6 +6,8 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
@@ -169,3 +171,27 @@ def is_xpu_available(check_device: bool = False) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def names_where_installed(package: str, **names: tuple[str, Callable[[], bool]]) -> Callable[[str], Any]:
+    """A package's `__getattr__`, for names that it has only where something is installed.
+
+    Args:
+        package: its `__name__`.
+        names: the module that a name is in, relative to the package, and whether what it needs is there.
+
+    Raises:
+        AttributeError: by the function that is returned: a name is not among these, or what it needs is missing.
+    """
+
+    def getattr_(name: str) -> Any:
+        module, is_available = names.get(name, ("", None))
+        if is_available is None:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        if not is_available():
+            raise AttributeError(
+                f"module {package!r} has {name!r} only with an optional package; see {package}{module}."
+            )
+        return getattr(importlib.import_module(module, package), name)
+
+    return getattr_

@@ -14,6 +14,7 @@ from transformers.utils.hub import PushToHubMixin
 
 from .adapter_files import AdapterFiles, split_hub_kwargs
 from .config import PeftConfig
+from .engine.auxiliary import AuxiliaryTrainingWrapper
 from .engine.checkpoint import (
     get_peft_model_state_dict,
     load_adapter_state,
@@ -24,6 +25,7 @@ from .engine.layer import BaseTunerLayer, deferred_parameters
 from .engine.lifecycle import AdapterHolder, as_names, holders_of
 from .engine.loading import finish_loading
 from .engine.operations import cast_adapter_dtype
+from .engine.sharding import reshard
 from .engine.status import (
     TunerLayerStatus,
     TunerModelStatus,
@@ -50,6 +52,9 @@ def warn_about_prefix(config: PeftConfig, adapter_name: str) -> None:
             f"The adapter name {adapter_name!r} is part of the prefix {prefix!r} of its parameters' names; tools that look "
             "for it in these names will find it everywhere. Choose another one."
         )
+
+
+TUNER_METHODS_ON_WEIGHTS = frozenset({"merge_adapter", "unmerge_adapter", "merge_and_unload", "unload"})
 
 
 class PeftModel(PushToHubMixin, ForwardsAttributes, nn.Module):
@@ -147,9 +152,31 @@ class PeftModel(PushToHubMixin, ForwardsAttributes, nn.Module):
             return not self._adapters_disabled
         return not self._adapters_disabled or not self.active_adapters
 
+    def __getattr__(self, name: str) -> Any:
+        if name in TUNER_METHODS_ON_WEIGHTS:  # of FSDP2's root, which the tuner cannot see
+            reshard(self)
+        return super().__getattr__(name)
+
     def get_base_model(self) -> nn.Module:
         """The wrapped model, with the adapter layers in it."""
         return self.base_model if self._is_prompt_learning else self.base_model.model
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The base model's embeddings; of some that adapters copy or train rows of, what is in the wrapper.
+
+        Clients compare its weight with the output layer's, to see whether these are tied.
+        """
+        layer = self.get_base_model().get_input_embeddings()
+        return layer.module_in_use() if isinstance(layer, AuxiliaryTrainingWrapper) else layer
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The base model's output layer; of one that adapters copy or train rows of, what is in the wrapper.
+
+        Such a wrapper's own `weight` is that of the active adapter, but clients refuse whatever they take for an
+        adapter in layers there.
+        """
+        layer = self.get_base_model().get_output_embeddings()
+        return layer.module_in_use() if isinstance(layer, AuxiliaryTrainingWrapper) else layer
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Numbers of trainable and of all parameters."""
@@ -217,6 +244,7 @@ class PeftModel(PushToHubMixin, ForwardsAttributes, nn.Module):
                 f"{getattr(peft_config.peft_type, 'value', peft_config.peft_type)}. Use get_peft_model(..., mixed=True) to mix."
             )
         warn_about_prefix(peft_config, adapter_name)
+        reshard(self)
         with Undo() as undo:
             undo.push(self.peft_config.pop, adapter_name, None)
             self.peft_config[adapter_name] = peft_config
@@ -241,6 +269,7 @@ class PeftModel(PushToHubMixin, ForwardsAttributes, nn.Module):
             TypeError: several names; `model.base_model.set_adapter` takes these.
         """
         self._config_of(adapter_name)
+        reshard(self)
         if self._is_prompt_learning:
             self.prompts.activate(adapter_name, inference_mode)
         else:
@@ -254,6 +283,7 @@ class PeftModel(PushToHubMixin, ForwardsAttributes, nn.Module):
             ValueError: an unknown name, or it is merged into some layer.
         """
         self._config_of(adapter_name)
+        reshard(self)
         if self._is_prompt_learning:
             self.prompts.delete(adapter_name)
             return
@@ -269,11 +299,13 @@ class PeftModel(PushToHubMixin, ForwardsAttributes, nn.Module):
         """
         if self._is_prompt_learning:
             raise TypeError("set_requires_grad is for adapters in layers, not for prompt learning.")
+        reshard(self)
         self.base_model.set_requires_grad(adapter_names, requires_grad)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Context in which the base model is used alone; the state before is restored, also after an exception."""
+        reshard(self)
         if self._is_prompt_learning:
             with self.prompts.disabled():
                 yield
@@ -288,6 +320,7 @@ class PeftModel(PushToHubMixin, ForwardsAttributes, nn.Module):
             yield
         finally:
             self._adapters_disabled = was_disabled
+            reshard(self)
             if len(enabled) == len(self.base_model.holders):
                 self.base_model.enable_adapter_layers()
             else:
@@ -448,7 +481,8 @@ class PeftModel(PushToHubMixin, ForwardsAttributes, nn.Module):
 
         Args:
             model_id: folder or repository of the adapter.
-            adapter_name: the name to give it; if it exists, its weights are replaced.
+            adapter_name: the name to give it; if it exists, its weights are replaced. Of a folder to which several
+                adapters were saved, an existing adapter gets the weights that are there under its name.
             is_trainable: let a new adapter's weights require grad at once; they are frozen otherwise.
             torch_device: where to read the weights to; the accelerator if there is one.
             autocast_adapter_dtype: keep half-precision adapter weights in float32.

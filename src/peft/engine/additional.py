@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from .auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, Trainable
 from .layer import BaseTunerLayer
 from .lifecycle import AdapterHolder, Roster, holders_of, roster_of
 from .matching import is_suffix
+from .sharding import gathered, is_sharded
 from .tying import input_embedding_name, tied_module_names
 from .undo import Undo
 
@@ -125,16 +127,21 @@ class Wrapping:
             )
         if isinstance(target, wrapper_cls):
             self.undo.push(_take_out_of_wrapper, target, self.adapter_name)
-            target.update(self.adapter_name, inference_mode=self.inference_mode, **options)
+            with self._at_hand(target):
+                target.update(self.adapter_name, inference_mode=self.inference_mode, **options)
             target.join_roster(self.roster, target._label or name)
             return None
-        wrapper = wrapper_cls(target, self.adapter_name, **options)
+        with self._at_hand(target):
+            wrapper = wrapper_cls(target, self.adapter_name, **options)
         for owner, child_name in _references(self.model, target):
             self.undo.push(setattr, owner, child_name, target)
             setattr(owner, child_name, wrapper)
         wrapper.train(target.training)
         self._take_state(wrapper, name)
         return wrapper
+
+    def _at_hand(self, target: nn.Module) -> AbstractContextManager[None]:
+        return gathered(target) if is_sharded(self.model) else nullcontext()
 
     def _take_state(self, wrapper: AuxiliaryTrainingWrapper, name: str) -> None:
         wrapper.join_roster(self.roster, name)

@@ -13,7 +13,8 @@ from torch import nn
 
 from .copies import ModuleCopies
 from .layer import BaseTunerLayer
-from .lifecycle import as_names, set_trains
+from .lifecycle import as_names, entries_of, set_trains
+from .sharding import is_flattened, without_wrappers
 from .tokens import TrainableTokensLayer
 
 FORBIDDEN = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -147,8 +148,9 @@ class AuxiliaryTrainingWrapper(nn.Module, BaseTunerLayer):
     def state_entries(self, adapter: str):
         mapped = {live: saved for saved, live in self.adapter_state_dict_load_map(adapter).items()}
         for entry in super().state_entries(adapter):
-            if entry.live in mapped:
-                yield entry.saved_as(mapped[entry.live])
+            live = without_wrappers(entry.live)
+            if live in mapped:
+                yield entry.saved_as(mapped[live])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the module in use."""
@@ -212,8 +214,13 @@ class ModulesToSaveWrapper(ModuleCopies, AuxiliaryTrainingWrapper):
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         if adapter_name not in self.modules_to_save:
             return {}
-        keys = self.modules_to_save[adapter_name].state_dict()
-        return {key: f"modules_to_save.{adapter_name}.{key}" for key in keys}
+        module, prefix = self.modules_to_save[adapter_name], f"modules_to_save.{adapter_name}."
+        if is_flattened(module):  # to ask for its state would be to ask all processes
+            entries = entries_of(self.modules_to_save, "modules_to_save", adapter_name)
+            keys = [without_wrappers(entry.live).removeprefix(prefix) for entry in entries]
+        else:
+            keys = module.state_dict()
+        return {key: f"{prefix}{key}" for key in keys}
 
 
 def _tied_linear(tied_module: nn.Module, original: nn.Module) -> nn.Linear:

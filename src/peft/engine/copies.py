@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..utils.integrations import gather_params_ctx
+from .backends import QuantizationBackend, resolve_quantization_backend
+from .backends.dense import with_dense_weights
 from .layer import BaseTunerLayer, check_adapters_to_merge
 from .lifecycle import set_trains
 from .offload import forget_hook, onload_layer
@@ -25,13 +28,16 @@ class ModuleCopies(BaseTunerLayer):
     """A holder whose adapters are copies of one module; at most one of them is used at a time.
 
     The original stays where it is, frozen, and is used where no active adapter has a copy. Merging puts the values of
-    the active copy into the original, in new parameters, so that modules tied to it keep theirs.
+    the active copy into the original, in new parameters, so that modules tied to it keep theirs. A copy of what is
+    quantised has dense weights, which can be trained; merging quantises them, merging for good puts the copy in place.
     """
 
     exclusive = True
     copies_name: str
     """Attribute that holds the copies by adapter name."""
     _stash: dict[str, tuple[nn.Module, str, torch.Tensor]] | None = None
+    _packed: list[tuple[nn.Module, QuantizationBackend, Any]] = []
+    """Quantised modules that are merged into, and what their weights were."""
 
     @property
     def copies(self) -> nn.ModuleDict:
@@ -147,8 +153,16 @@ class ModuleCopies(BaseTunerLayer):
                     f"The copy of {self._label} that belongs to the adapter {names[0]!r} has NaN or infinite values "
                     f"in {key!r}; nothing was merged."
                 )
+        packed = list(_quantised_parts(self.original()))
+        self._packed = [(owner, backend, backend.snapshot(owner)) for _, owner, backend in packed]
         self._stash = {}
+        for path, owner, backend in packed:
+            value = _value(source[f"{path}.weight".lstrip(".")])
+            backend.write(owner, value, f"{self._label or type(self).__name__}.{path}".rstrip("."))
+        owners = [owner for _, owner, _ in packed]
         for key, (owner, attribute, old) in list(dict(_slots(self.original())).items()):
+            if attribute != "bias" and owner in owners:
+                continue
             self._stash[key] = (owner, attribute, old)
             _put(owner, attribute, _like(old, _value(source[key])))
         self.merged_adapters = names
@@ -164,7 +178,9 @@ class ModuleCopies(BaseTunerLayer):
             if (old.device, old.dtype) != (current.device, current.dtype):
                 old.data = old.data.to(current.device, current.dtype)
             _put(owner, attribute, old)
-        self._stash = None
+        for owner, backend, snapshot in self._packed:
+            backend.put_back(owner, snapshot)
+        self._stash, self._packed = None, []
         self.merged_adapters = []
         self._plan = self._make_plan()
 
@@ -192,7 +208,14 @@ def _copy_of(original: nn.Module) -> nn.Module:
         duplicate = copy.deepcopy(original, {id(hook): hook for hook in hooks})
     for theirs, ours in zip(original.modules(), duplicate.modules()):
         _renew_hook(theirs, ours)
-    return duplicate
+    return with_dense_weights(duplicate)
+
+
+def _quantised_parts(module: nn.Module) -> Iterator[tuple[str, nn.Module, QuantizationBackend]]:
+    for path, part in module.named_modules():
+        backend = resolve_quantization_backend(part)
+        if backend is not None:
+            yield path, part, backend
 
 
 def _slots(module: nn.Module):

@@ -6,7 +6,7 @@ import dataclasses
 import gc
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 
 from ..utils.constants import DUMMY_MODEL_CONFIG, DUMMY_TARGET_MODULES
 from ..utils.error import NoMatchingPeftModuleError
+from ..utils.field_types import check_numbers
 from .additional import set_additional_trainable_modules
 from .layer import deferred_parameters, note_shared_weights
 from .lifecycle import AdapterHolder, Roster, holders_of, modules_of, set_trains
@@ -28,6 +29,7 @@ from .matching import (
     without_hits,
 )
 from .operations import refresh_biases
+from .sharding import gathered, is_sharded, reshard, warn_if_trained
 from .tying import check_tied_weights
 from .undo import Undo
 
@@ -86,6 +88,9 @@ class Injection:
             NoMatchingPeftModuleError: nothing was selected. Whatever is raised, the model is as it was.
         """
         tuner, config = self.tuner, self.config
+        check_numbers(config)
+        reshard(tuner)
+        self.sharded = is_sharded(self.model)
         tuner._convert_adapter_config(config, self.model)
         tuner._check_new_adapter_config(config)
         self._check_bias()
@@ -112,6 +117,8 @@ class Injection:
             )
             self._activate(before, wrappers, roster)
         self._report()
+        if self.sharded:
+            warn_if_trained(self.adapter_name, config)
 
     # ------------------------------------------------------------------------------------------------------ before placing
 
@@ -211,7 +218,10 @@ class Injection:
         self._guard(parent, name, target, undo)
         self.tuner._check_target_module_compatiblity(self.config, self.model, key)
         extra = {} if parameter_name is None else {"parameter_name": parameter_name}
-        self.tuner._create_and_replace(self.config, self.adapter_name, target, name, parent, current_key=key, **extra)
+        with gathered(target) if self.sharded else nullcontext():
+            self.tuner._create_and_replace(
+                self.config, self.adapter_name, target, name, parent, current_key=key, **extra
+            )
         self._note_placed(key, getattr(parent, name))
 
     def _note_placed(self, key: str, placed: nn.Module) -> None:

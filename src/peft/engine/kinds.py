@@ -54,13 +54,14 @@ class Kind:
             B: (out, r).
             A: (r, in, *window), canonical.
         """
-        if (
-            getattr(layer, "groups", 1) > 1
-        ):  # the rows of B see other channels of A's input, so there is no product of maps
+        # With groups, the rows of B see other channels of A's input, so that there is no product of maps.
+        if getattr(layer, "groups", 1) > 1:
             return self.apply(layer, x, self.flip(torch.tensordot(B, A, 1)))
         axis = 1 - A.dim()
         hidden = self.apply(layer, x, self.flip(A))
-        return F.linear(hidden.movedim(axis, -1), B).movedim(-1, axis)
+        rows = hidden.movedim(axis, -1)
+        # As a matrix: of more dimensions, torch computes other bits depending on whether B requires a gradient.
+        return F.linear(rows.flatten(0, -2), B).view(*rows.shape[:-1], len(B)).movedim(-1, axis)
 
     def call_with(self, layer: nn.Module, tensors: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward with some of its tensors replaced; right for every subclass with a forward of its own."""
@@ -78,7 +79,12 @@ class LinearKind(Kind):
         return isinstance(layer, nn.Linear)
 
     def features(self, layer: nn.Module) -> tuple[int, int]:
-        return layer.in_features, layer.out_features
+        if hasattr(layer, "in_features"):
+            return layer.in_features, layer.out_features
+        # Backends know layers of other libraries that have other names.
+        from .backends import resolve_quantization_backend
+
+        return resolve_quantization_backend(layer).features(layer)
 
     def apply(self, layer: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.linear(x, weight)

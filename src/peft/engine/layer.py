@@ -20,6 +20,8 @@ import torch
 from torch import nn
 
 from ..utils.tensors import is_spread
+from ..utils.warning import PeftWarning
+from .backends import resolve_quantization_backend
 from .calls import MixedBatch, RowGroups
 from .kinds import Kind, kind_of, kinds
 from .lifecycle import modules_of
@@ -52,14 +54,15 @@ class AdapterLayer(BaseTunerLayer):
     def _wrap(self, base_layer: nn.Module, **options: Any) -> None:
         """Set up the state that is common to all methods; the first thing a layer's constructor does."""
         self.base_layer = base_layer
+        inner = self.get_base_layer()
+        backend = options.get("quantization_backend")
         # Past Module.__setattr__, which asks of every value whether it is a parameter, a module or a buffer.
         self.__dict__.update(
             merged_adapters=[],
             _disable_adapters=False,
             cast_input_dtype_enabled=True,
-            quantization_backend=options.get("quantization_backend"),
+            quantization_backend=resolve_quantization_backend(inner) if backend is None else backend,
         )
-        inner = self.get_base_layer()
         kind = kind_of(inner)
         if kind is None and self.quantization_backend is not None:
             kind = next(kinds(self.quantization_backend.layer_type))
@@ -89,6 +92,16 @@ class AdapterLayer(BaseTunerLayer):
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """An uninitialised tensor for a new adapter; on the meta device where its values will be loaded."""
         return torch.empty(*shape, dtype=dtype, device="meta" if DEFERRED.get() else None)
+
+    def start_over(self, adapter_name: str, config: Any, **options: Any) -> None:
+        """Give an adapter that is there its start again.
+
+        Args:
+            adapter_name: its name.
+            config: its configuration.
+            options: what the tuner's `layer_options` gives for this layer.
+        """
+        self.update_layer(adapter_name, config=config, **options)
 
     def _settle(self, adapter_name: str, inference_mode: bool = False) -> None:
         """The last thing that adding an adapter does: device, dtype, who trains, and the roster."""
@@ -215,7 +228,7 @@ class AdapterLayer(BaseTunerLayer):
         kind = self.kind
         tensors = {"weight" if kind is None else kind.weight_name: self.get_base_weight()}
         bias = getattr(self.get_base_layer(), "bias" if kind is None else kind.bias_name, None)
-        if torch.is_tensor(bias):
+        if torch.is_tensor(bias) and bias.numel():
             tensors["bias" if kind is None else kind.bias_name] = bias.data
         return tensors
 
@@ -235,9 +248,16 @@ class AdapterLayer(BaseTunerLayer):
         if not names:
             return
         changed = self.folded(names, check=safe_merge)
+        self.check_writable(changed)
         if self._stash is None:
             self._stash = self._snapshot(changed)
         self._write(changed)
+        if self.quantization_backend is not None:
+            warnings.warn(
+                f"Merging into a weight that is quantised ({self.quantization_backend.backend_name}) rounds the result, so "
+                "that outputs change a little. Unmerging brings the weight back exactly.",
+                PeftWarning,
+            )
         self.merged_adapters = [*self.merged_adapters, *names]
         self._plan = self._make_plan()
 
@@ -257,6 +277,16 @@ class AdapterLayer(BaseTunerLayer):
                 self._check_finite(folded, name)
             after.update({key: value.to(before[key].dtype) for key, value in folded.items()})
         return {key: value for key, value in after.items() if value is not before[key]}
+
+    def check_writable(self, tensors: Iterable[str]) -> None:
+        """Raise unless these of the base layer's tensors can be written.
+
+        Raises:
+            FixedWeightError: its weight is kept in a form that can only be read.
+        """
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge and any(name.endswith("weight") for name in tensors):
+            raise backend.unwritable(self._label or type(self).__name__)
 
     def _check_finite(self, tensors: dict[str, torch.Tensor], adapter: str) -> None:
         for key, value in tensors.items():
@@ -321,6 +351,8 @@ class AdapterLayer(BaseTunerLayer):
         """The base weight without any merged adapter, own layout."""
         if self._stash is None:
             return self.get_base_weight()
+        if self.quantization_backend is not None:
+            return self.quantization_backend.weight_in(self.get_base_layer(), self._stash)
         name = "weight" if self.kind is None else self.kind.weight_name
         return self._stash[name].to(self.weight.device) if name in self._stash else self.get_base_weight()
 
@@ -483,7 +515,7 @@ class MultiplicativeLayer(AdapterLayer):
         weight = kind.flip(tensors[kind.weight_name])
         for adapter in plan:
             weight = self.adapted_weight(weight, adapter)
-        dtype = x.dtype if x.is_floating_point() else layer.weight.dtype
+        dtype = x.dtype if x.is_floating_point() else tensors[kind.weight_name].dtype
         # The base layer's own forward with another weight: every subclass, padding mode and option stays its own.
         tensors = {name: tensor.to(weight.dtype) for name, tensor in tensors.items()}
         tensors[kind.weight_name] = kind.flip(weight)
@@ -510,7 +542,7 @@ class MultiplicativeLayer(AdapterLayer):
 
     def _other_tensors(self) -> dict[str, torch.Tensor]:
         bias = getattr(self.get_base_layer(), self.kind.bias_name, None)
-        return {self.kind.bias_name: bias} if torch.is_tensor(bias) else {}
+        return {self.kind.bias_name: bias} if torch.is_tensor(bias) and bias.numel() else {}
 
     def fold(self, tensors: dict[str, torch.Tensor], adapter: str) -> dict[str, torch.Tensor]:
         name = self.kind.weight_name

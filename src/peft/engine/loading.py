@@ -31,14 +31,14 @@ def finish_loading(tuner: Any, model: nn.Module, adapter_name: str) -> None:
 
 def _start_over(tuner: Any, holder: BaseTunerLayer, name: str, adapter_name: str, entries: list[Entry]) -> None:
     device, _ = holder._adapter_device_and_dtype()
-    if device is None or device.type == "meta" or not hasattr(holder, "update_layer"):
+    if device is None or device.type == "meta" or not hasattr(holder, "start_over"):
         return
     loaded = {entry.live: entry.tensor for entry in entries if not entry.tensor.is_meta}
     dtypes = {entry.live: entry.tensor.dtype for entry in entries}
     config = tuner.peft_config[adapter_name]
     parameter_name = getattr(holder, "parameter_name", None)
     key = name if parameter_name is None else f"{name}.{parameter_name}"
-    holder.update_layer(adapter_name, config=config, **tuner.layer_options(config, adapter_name, key, holder))
+    holder.start_over(adapter_name, config, **tuner.layer_options(config, adapter_name, key, holder))
     for entry in holder.state_entries(adapter_name):
         tensor = loaded.get(entry.live, entry.tensor.detach()).detach().to(dtypes.get(entry.live))
         parameters = entry.owner._parameters

@@ -18,8 +18,10 @@ from ..utils.constants import (
     MIN_TARGET_MODULES_FOR_OPTIMIZATION,
     SEQ_CLS_HEAD_NAMES,
 )
+from ..utils.error import PatternError
 from ..utils.naming import near_misses
-from .kinds import CONV1D_TRANSFORMERS, LINEAR
+from .backends import resolve_quantization_backend
+from .kinds import CONV1D_TRANSFORMERS, LINEAR, kind_of
 from .layer import BaseTunerLayer
 from .lifecycle import modules_of
 
@@ -36,7 +38,23 @@ EXCLUDED = _ExcludedModule()
 
 def match_target_against_key(target_pattern: str, key: str) -> re.Match | None:
     """Match a whole module name against a regular expression."""
-    return re.fullmatch(target_pattern, key)
+    return expression(target_pattern).fullmatch(key)
+
+
+def expression(text: str, within: str = "{}") -> re.Pattern:
+    """A regular expression that a user wrote.
+
+    Args:
+        text: what was written.
+        within: the expression that it is a part of, with `{}` in its place.
+
+    Raises:
+        PatternError: it is no regular expression.
+    """
+    try:
+        return re.compile(within.replace("{}", text))
+    except (re.error, OverflowError, RecursionError) as error:
+        raise PatternError(f"{text!r} in the configuration is no regular expression: {error}.") from error
 
 
 def suffixes(name: str) -> Iterator[str]:
@@ -61,7 +79,7 @@ def get_pattern_key(pattern_keys: Iterable[str], key_to_match: str) -> str:
         key_to_match: a dotted name.
     """
     for pattern in pattern_keys:
-        if re.match(rf"(.*\.)?({pattern})$", key_to_match):
+        if expression(pattern, r"(.*\.)?({})$").match(key_to_match):
             return pattern
     return key_to_match
 
@@ -70,7 +88,7 @@ class NameSet:
     """A `target_modules`-like value: a regular expression over whole names, or a collection of names and suffixes."""
 
     def __init__(self, entries: str | Iterable[str] | None) -> None:
-        self.pattern = re.compile(entries) if isinstance(entries, str) else None
+        self.pattern = expression(entries) if isinstance(entries, str) else None
         self.entries = frozenset() if entries is None or self.pattern else frozenset(entries)
         self.hits: dict[str, int] = dict.fromkeys([entries] if self.pattern else sorted(self.entries), 0)
 
@@ -95,13 +113,13 @@ class LayerFilter:
         self.layers = None if layers is None or layers == [] else {layers} if isinstance(layers, int) else set(layers)
         patterns = [patterns] if isinstance(patterns, str) else list(patterns or [])
         patterns = [pattern for pattern in patterns if pattern]
-        expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
-        self.expressions = [re.compile(expression) for expression in expressions]
+        expressions = [expression(pattern, r"(?:^|.*?\.){}\.(\d+)\.") for pattern in patterns]
+        self.expressions = expressions or [re.compile(r".*?\.[^.]*\.(\d+)\.")]
 
     def allows(self, name: str) -> bool:
         if self.layers is None:
             return True
-        match = next(filter(None, (expression.match(name) for expression in self.expressions)), None)
+        match = next(filter(None, (each.match(name) for each in self.expressions)), None)
         return match is not None and int(match.group(1)) in self.layers
 
 
@@ -120,7 +138,9 @@ class TargetMatcher:
             getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
         )
         saved = getattr(config, "modules_to_save", None)
-        self.saved = re.compile("|".join(rf"(?:^|.*\.)(?:{entry})(?:$|\..*)" for entry in saved)) if saved else None
+        self.saved = (
+            re.compile("|".join(rf"(?:^|.*\.)(?:{re.escape(entry)})(?:$|\..*)" for entry in saved)) if saved else None
+        )
         self.targets_nothing = (
             getattr(config, "target_modules", None) is None and getattr(config, "target_parameters", None) is not None
         )
@@ -181,9 +201,14 @@ def all_linear_names(model: nn.Module, task_type: str | None) -> set[str]:
             inside = (f"{name}.",)
             if "Linear" in type(module).__name__:
                 names.add(name)
-        elif LINEAR.matches(module) or CONV1D_TRANSFORMERS.matches(module):
+        elif LINEAR.matches(module) or CONV1D_TRANSFORMERS.matches(module) or _is_quantised_linear(module):
             names.add(name)
     return names - _head_names(model, names, task_type)
+
+
+def _is_quantised_linear(module: nn.Module) -> bool:
+    backend = resolve_quantization_backend(module)
+    return backend is not None and kind_of(module) is None and backend.layer_type == LINEAR.name
 
 
 def _head_names(model: nn.Module, names: set[str], task_type: str | None) -> set[str]:
@@ -245,7 +270,7 @@ def embedding_involved(config: Any) -> tuple[bool, bool]:
 
     def named(entries: Any) -> bool:
         if isinstance(entries, str):
-            return any(re.fullmatch(entries, name) for name in EMBEDDING_LAYER_NAMES)
+            return any(expression(entries).fullmatch(name) for name in EMBEDDING_LAYER_NAMES)
         return any(entry.rsplit(".", 1)[-1] in EMBEDDING_LAYER_NAMES for entry in entries or ())
 
     return named(getattr(config, "modules_to_save", None)), named(getattr(config, "target_modules", None))

@@ -1,4 +1,4 @@
-"""Layers whose weights accelerate keeps elsewhere until they are used."""
+"""Layers whose weights are kept elsewhere until they are used: by accelerate, or in parts by other processes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from .sharding import gathered
 
 
 def offload_hook(module: nn.Module) -> Any | None:
@@ -32,6 +34,19 @@ def fetched(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
     return hook.weights_map[name].to(execution_device(module))
 
 
+def stored(model: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of a model's state dict with its values: itself, or what an offload hook keeps for it.
+
+    Args:
+        model: the model.
+        name: the tensor's name in its state dict.
+        tensor: what is there.
+    """
+    owner, _, attribute = name.rpartition(".")
+    hook = offload_hook(model.get_submodule(owner)) if tensor.is_meta else None
+    return tensor if hook is None else hook.weights_map[attribute]
+
+
 def call_with(module: nn.Module, tensors: dict[str, torch.Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
     """`torch.func.functional_call`, for a module with offloaded weights too: its hook would fetch what was replaced."""
     if offload_hook(module) is not None:
@@ -54,17 +69,20 @@ def forget_hook(module: nn.Module) -> None:
 
 @contextmanager
 def onload_layer(layer: nn.Module, store: bool = True) -> Iterator[None]:
-    """Bring a tuner layer's offloaded weights to their execution device for the duration, and write changes back.
+    """Have a layer's weights at hand for the duration, and write changes back.
+
+    Offloaded ones come to their execution device; of those that are spread over processes, each gets the whole.
 
     Args:
-        layer: a tuner layer; one without offload hooks is left alone.
+        layer: a tuner layer; one whose weights are all here is left alone.
         store: False if nothing is going to be changed.
     """
     hooked = [(module, hook) for module in layer.modules() if (hook := offload_hook(module)) is not None]
     for module, hook in hooked:
         hook.pre_forward(module)
     try:
-        yield
+        with gathered(layer, store):
+            yield
     finally:
         for module, hook in hooked:
             if store:

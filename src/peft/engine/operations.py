@@ -9,6 +9,7 @@ from torch import nn
 
 from .lifecycle import AdapterHolder, Roster, as_names, belongs_to_adapter, holders_of, set_trains
 from .protocol import BaseTunerLayer
+from .sharding import check_deletable, reshard
 
 
 def set_adapter(
@@ -33,6 +34,7 @@ def set_adapter(
     configs = getattr(model, "peft_config", None) or {}
     if holders:
         holders[0].roster.check(names, extra=configs)
+    reshard(model)
     for holder in holders:
         holder.activate(names, inference_mode)
     refresh_biases(model, configs, names, enabled=not inference_mode)
@@ -61,6 +63,8 @@ def delete_adapter(
         The adapters that are active now, None if the model has no layers.
     """
     holders = _selected(model, layer_cls)
+    reshard(model)
+    check_deletable(adapter_name, holders_of(model))
     for holder in holders:
         holder.delete_adapter(adapter_name)
     return holders[0].active_adapters if holders else None
@@ -74,6 +78,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | list[str], requires
         adapter_names: one name or several; those that a layer does not hold are ignored.
         requires_grad: the flag.
     """
+    reshard(model)
     for _, holder in holders_of(model):
         holder.set_requires_grad(adapter_names, requires_grad)
 

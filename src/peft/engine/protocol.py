@@ -36,6 +36,8 @@ class BaseTunerLayer(AdapterHolder):
     @property
     def weight(self) -> torch.Tensor:
         layer = self.get_base_layer()
+        if self.quantization_backend is not None:
+            return self.quantization_backend.stored_weight(layer)
         return layer.qweight if hasattr(layer, "qweight") else layer.weight
 
     @property
@@ -100,7 +102,10 @@ class BaseTunerLayer(AdapterHolder):
             return None, None
         dtype = getattr(layer, "compute_dtype", None) or weight.dtype
         device = execution_device(layer) or weight.device if weight.is_meta else weight.device
-        return device, dtype if dtype.is_floating_point or dtype.is_complex else None
+        usable = dtype.is_floating_point or dtype.is_complex
+        if self.quantization_backend is not None and dtype.itemsize == 1:  # codes that happen to be floating-point
+            usable = False
+        return device, dtype if usable else None
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Bring one adapter's tensors to the base weight's device and, if that is floating point, its dtype."""

@@ -16,6 +16,7 @@ from ..utils.integrations import gather_params_ctx
 from .kinds import CONV1D_TRANSFORMERS, EMBEDDING, LINEAR, embed_scale
 from .layer import DEFERRED, AdapterLayer, check_adapters_to_merge
 from .offload import call_with, fetched
+from .sharding import same_parameter
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class TrainableTokensLayer(AdapterLayer, nn.Module):
     def _shares_weight(self) -> bool:
         """Whether the base weight is the one of the layer that this one is tied to."""
         source = self.tied_adapter
-        return source is not None and self.get_base_layer().weight is source.get_base_layer().weight
+        return source is not None and same_parameter(self.weight, source.weight)
 
     def _as_table(self, weight: torch.Tensor) -> torch.Tensor:
         """Between the base weight's layout and (V, D), either way."""
@@ -128,9 +129,18 @@ class TrainableTokensLayer(AdapterLayer, nn.Module):
             self._add_rows(adapter_name, indices, from_rows)
         self._settle(adapter_name, inference_mode=getattr(config, "inference_mode", False))
 
+    def start_over(self, adapter_name: str, config: Any, **options: Any) -> None:
+        if self._in_wrapper:  # the configuration is another method's, which says where the rows are in its own way
+            self._add_rows(adapter_name, self.token_indices[adapter_name], from_rows=True)
+        else:
+            super().start_over(adapter_name, config, **options)
+
     def _add_rows(self, adapter_name: str, indices: Any, from_rows: bool) -> None:
-        weight = self.get_base_layer().weight
-        entries = getattr(weight, "ds_shape", weight.shape)[1 if self.kind is CONV1D_TRANSFORMERS else 0]
+        weight = self.weight
+        if self.quantization_backend is None:
+            entries = getattr(weight, "ds_shape", weight.shape)[1 if self.kind is CONV1D_TRANSFORMERS else 0]
+        else:
+            entries = self.in_features if self.kind is EMBEDDING else self.out_features
         indices = indices.tolist() if torch.is_tensor(indices) else list(indices)
         outside = [index for index in indices if not 0 <= index < entries]
         if outside:
@@ -243,7 +253,8 @@ class TrainableTokensLayer(AdapterLayer, nn.Module):
         if not any(self.token_indices[name] for name in active_adapters):
             return self.base_layer(x, *args, **kwargs)
         layer, own_forward = self.get_base_layer(), type(self.get_base_layer()).forward
-        if self.kind is EMBEDDING and (own_forward is nn.Embedding.forward or embed_scale(layer) is not None):
+        looks_up = own_forward is nn.Embedding.forward or embed_scale(layer) is not None or self.quantization_backend
+        if self.kind is EMBEDDING and looks_up:
             return self._look_up(x, self.base_layer(x, *args, **kwargs), active_adapters)
         if self.kind is CONV1D_TRANSFORMERS or self.quantization_backend or own_forward is nn.Linear.forward:
             return self._project(x, self.base_layer(x, *args, **kwargs), active_adapters)
@@ -271,9 +282,11 @@ class TrainableTokensLayer(AdapterLayer, nn.Module):
     def _project(self, x: torch.Tensor, result: torch.Tensor, adapters: list[str]) -> torch.Tensor:
         layer = self.get_base_layer()
         chosen = self._select(adapters, x.device)
-        dtype = layer.weight.dtype if layer.weight.is_floating_point() else x.dtype
+        dtype = self.weight.dtype if self.weight.is_floating_point() and self.weight.dtype.itemsize > 1 else x.dtype
         rows = self._rows(chosen.adapters, x.device, dtype)[chosen.positions]
-        bias = None if layer.bias is None else fetched(layer, layer.bias)[chosen.tokens].to(rows.dtype)
+        bias = layer.bias
+        if bias is not None:  # an empty one is none, too
+            bias = fetched(layer, bias)[chosen.tokens].to(rows.dtype) if bias.numel() else None
         return result.index_copy(-1, chosen.tokens, F.linear(x, rows, bias).to(result.dtype))
 
     # ----------------------------------------------------------------------------------------------------- merging

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..utils.forwarding import ForwardsAttributes
 from ..utils.naming import check_adapter_name
 from ..utils.registry import METHODS
-from .backends import resolve_quantization_backend
+from .backends import QuantizationBackend, resolve_quantization_backend
 from .calls import MixedBatch
 from .injection import AdapterConfigs, Injection
 from .kinds import kind_of
@@ -27,6 +27,7 @@ from .lifecycle import AdapterHolder, Roster, as_names, holders_of, modules_of
 from .matching import TargetMatcher, _ExcludedModule
 from .offload import onload_layer
 from .operations import cast_holders, check_mixed_batch, refresh_biases, uses_checkpointing
+from .sharding import check_deletable, check_merges_alone, reshard
 from .undo import Undo
 
 
@@ -50,6 +51,8 @@ class BaseTuner(ForwardsAttributes, nn.Module):
     uses_shared_state: ClassVar[bool] = False
     layer_classes: ClassVar[dict[str, type[AdapterLayer]]] = {}
     """Kind name -> layer class; the key "any" stands for every module."""
+    quantized_layer_classes: ClassVar[dict[tuple[str, str], type[AdapterLayer]]] = {}
+    """Weight backend and kind name -> layer class, where clients know one by a name of its own."""
     special_forward_args: ClassVar[tuple[str, ...]] = ()
     """Keywords of the model's forward and generate that are for the layers, not for the base model."""
     unsupported_error: ClassVar[type[Exception]] = TypeError
@@ -176,8 +179,13 @@ class BaseTuner(ForwardsAttributes, nn.Module):
         """Keyword arguments of the layer's constructor and `update_layer` that depend on the module, such as its rank."""
         return {}
 
-    def _layer_class(self, base: nn.Module, config: Any) -> type[AdapterLayer] | None:
+    def _layer_class(
+        self, base: nn.Module, config: Any, backend: QuantizationBackend | None = None
+    ) -> type[AdapterLayer] | None:
         kind = kind_of(base)
+        if backend is not None:
+            name = backend.layer_type if kind is None else kind.name
+            return self.quantized_layer_classes.get((backend.backend_name, name)) or self.layer_classes.get(name)
         if kind is not None and kind.name in self.layer_classes:
             return self.layer_classes[kind.name]
         return self.layer_classes.get("any")
@@ -190,7 +198,7 @@ class BaseTuner(ForwardsAttributes, nn.Module):
         """
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         backend = resolve_quantization_backend(base, **self._quantization_options())
-        layer_cls = self.layer_classes.get(backend.layer_type) if backend else self._layer_class(base, config)
+        layer_cls = self._layer_class(base, config, backend)
         if layer_cls is None:
             raise self.unsupported_error(
                 f"{type(self).__name__} cannot adapt {options.get('target_name') or 'the target'}: it is a "
@@ -298,6 +306,7 @@ class BaseTuner(ForwardsAttributes, nn.Module):
         """
         names = as_names(adapter_name)
         self.roster.check(names, extra=self.peft_config)
+        reshard(self)
         for _, holder in self.holders:
             holder.activate(names, inference_mode)
         self.active_adapter = adapter_name
@@ -305,11 +314,13 @@ class BaseTuner(ForwardsAttributes, nn.Module):
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Set the flag of all weights of these adapters by hand."""
+        reshard(self)
         for _, holder in self.holders:
             holder.set_requires_grad(adapter_names, requires_grad)
 
     def enable_adapter_layers(self) -> None:
         """Use the active adapters again, and train what trained before."""
+        reshard(self)
         for _, holder in self.holders:
             holder.enable_adapters(True)
         refresh_biases(self.model, self.peft_config, self.active_adapters, enabled=True)
@@ -323,6 +334,7 @@ class BaseTuner(ForwardsAttributes, nn.Module):
                     f"The adapter {name!r} trains biases in place (bias={bias!r}); with it disabled the output is not "
                     "the base model's, since the biases stay as trained."
                 )
+        reshard(self)
         for _, holder in self.holders:
             holder.enable_adapters(False)
         refresh_biases(self.model, self.peft_config, self.active_adapters, enabled=False)
@@ -341,6 +353,7 @@ class BaseTuner(ForwardsAttributes, nn.Module):
                 f"The adapter {adapter_name!r} is merged (into {merged[0]} and {len(merged) - 1} others) and cannot be "
                 "deleted. Call unmerge_adapter() first."
             )
+        check_deletable(adapter_name, self.holders)
         del self.peft_config[adapter_name]
         for _, holder in self.holders:
             holder.delete_adapter(adapter_name)
@@ -404,6 +417,8 @@ class BaseTuner(ForwardsAttributes, nn.Module):
         """
         self._check_names_to_merge(adapter_names)
         self._check_merge_allowed()
+        reshard(self)
+        check_merges_alone(self.model, self.holders)
         with Undo() as undo:
             # Backwards: of layers around each other the inner one is applied first, so it is merged first.
             for _, holder in reversed(self.holders):
@@ -414,6 +429,7 @@ class BaseTuner(ForwardsAttributes, nn.Module):
 
     def unmerge_adapter(self) -> None:
         """Bring the base weights back as they were before merging."""
+        reshard(self)
         # The other way round than merging: layers that share a weight were merged one on top of the other.
         for _, holder in self.holders:
             with onload_layer(holder):
@@ -448,7 +464,8 @@ class BaseTuner(ForwardsAttributes, nn.Module):
                 held = holder._get_available_adapters()
                 wanted = holder.active_adapters if adapter_names is None else adapter_names
                 with onload_layer(holder):
-                    holder.folded([name for name in wanted if name in held and name not in holder.merged_adapters])
+                    fresh = [name for name in wanted if name in held and name not in holder.merged_adapters]
+                    holder.check_writable(holder.folded(fresh))
 
     def _unload_and_optionally_merge(
         self,
@@ -458,8 +475,11 @@ class BaseTuner(ForwardsAttributes, nn.Module):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         self._check_names_to_merge(adapter_names)
+        reshard(self)
         if merge:
             self._check_merge_allowed()
+            check_merges_alone(self.model, self.holders)
+        check_merges_alone(self.model, self.holders)
         if merge and safe_merge:
             self.merge_adapter(adapter_names, safe_merge=True)
             self.unmerge_adapter()

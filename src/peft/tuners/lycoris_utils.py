@@ -26,6 +26,8 @@ class LycorisConfig(PeftConfig):
         alpha_pattern: regular expression for the end of a module's name -> alpha.
     """
 
+    fractional: ClassVar[tuple[str, ...]] = ("alpha", "alpha_pattern")
+
     rank_pattern: dict | None = field(default_factory=dict)
     alpha_pattern: dict | None = field(default_factory=dict)
 

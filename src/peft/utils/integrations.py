@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import threading
@@ -76,19 +77,46 @@ def dequantize_bnb_weight(weight: nn.Parameter, state: Any = None) -> torch.Tens
         raise TypeError(f"A parameter or tensor can be dequantised, got {type(weight).__name__}.")
     kind = get_bnb_param_type(weight)
     if kind == "4bit":
-        import bitsandbytes
-
-        return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+        return dequantize_4bit_blocks(weight.data, weight.quant_state)
     if kind == "8bit":
-        return _dequantize_rows(weight, state)
+        if state is None:
+            raise ValueError("The row scales of an 8-bit weight are in its layer's `state`: pass state=layer.state.")
+        return dequantize_int8_rows(weight, state)
     return weight
 
 
-def _dequantize_rows(weight: nn.Parameter, state: Any) -> torch.Tensor:
-    """W = Q * s / 127, where row i of Q was scaled such that its largest magnitude s[i] became 127."""
-    if state is None:
-        raise ValueError("The row scales of an 8-bit weight are in its layer's `state`: pass state=layer.state.")
-    scales = state.SCB if state.SCB is not None else weight.SCB
+def dequantize_4bit_blocks(codes: torch.Tensor, state: Any) -> torch.Tensor:
+    """The values that 4-bit codes stand for, in the type before quantisation.
+
+    Args:
+        codes: as the parameter holds them.
+        state: its `quant_state`.
+    """
+    from bitsandbytes import functional
+
+    if getattr(state, "packing_format_for_cpu", False):
+        # In another order, for a kernel of some CPUs, and with scales in bfloat16 for each block of a row.
+        scales, state = state.absmax, copy.copy(state)
+        state.original_nested = False
+        codes, state = functional._convert_weight_packed_for_cpu_inverse(codes, state)
+        state.absmax = scales.T.reshape(-1).float()
+    return functional.dequantize_4bit(codes, state)
+
+
+def dequantize_int8_rows(weight: nn.Parameter, state: Any = None) -> torch.Tensor:
+    """W = Q * s / 127, where row i of Q was scaled such that its largest magnitude s[i] became 127.
+
+    Args:
+        weight: Q, with s unless its layer has run already.
+        state: the layer's, which has s then.
+
+    Raises:
+        ValueError: neither has s.
+    """
+    scales = getattr(state, "SCB", None)
+    scales = getattr(weight, "SCB", None) if scales is None else scales
+    if scales is None:
+        raise ValueError("An 8-bit weight has no row scales, neither by itself nor in its layer's state.")
     return weight.data * scales.to(weight.device).unsqueeze(1) / 127
 
 
@@ -106,7 +134,10 @@ def dequantize_module_weight(module: nn.Module) -> torch.Tensor:
     weight = module.weight
     if isinstance(weight, torch.Tensor) and type(weight.data).__module__.split(".")[0] == "torchao":
         return weight.dequantize()
-    return dequantize_bnb_weight(weight, state=getattr(module, "state", None))
+    state = getattr(module, "state", None)
+    if state is None and get_bnb_param_type(weight) == "8bit":  # an embedding, whose weight has its scales
+        return dequantize_int8_rows(weight)
+    return dequantize_bnb_weight(weight, state=state)
 
 
 # --------------------------------------------------------------------------------------------------- device maps

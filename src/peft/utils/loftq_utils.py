@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -176,9 +176,16 @@ def replace_lora_weights_loftq(
             undo.push(_write, factors, before)
             quantised = dequantize_bnb_weight(layer.weight).float()
             residual = weights.read(f"{name}.weight").to(quantised) - quantised
-            _write(factors, residual_factors(residual, layer.r[adapter_name]))
+            _start(factors, residual_factors(residual, layer.r[adapter_name]))
             if callback is not None and not callback(peft_model, name):
                 _write(factors, before)
+
+
+def _start(factors: list[nn.Parameter], values: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Write A and B; where the weight has a lower rank than the adapter, what is left of it adds nothing at first."""
+    (A, B), rank = factors, len(values[0])
+    A.data[:rank] = values[0]
+    B.data.zero_()[:, :rank] = values[1]
 
 
 def _write(factors: list[nn.Parameter], values: Any) -> None:
@@ -222,6 +229,7 @@ class OriginalWeights:
 
     def __init__(self, folder: Path, files: dict[str, str], prefix: str = "") -> None:
         self.folder, self.files, self.prefix = folder, files, prefix
+        self.older_names: dict[str, str] = {}
 
     @classmethod
     def of(cls, model: nn.Module, path: str | os.PathLike | None) -> OriginalWeights:
@@ -242,7 +250,9 @@ class OriginalWeights:
             raise FileNotFoundError(
                 f"There is no {path}, nor {FILES[1]} beside it, with the model's original weights."
             )
-        return cls.in_file(path, prefix)
+        weights = cls.in_file(path, prefix)
+        weights.older_names = older_names(base, weights.files)
+        return weights
 
     @classmethod
     def in_file(cls, path: Path, prefix: str = "") -> OriginalWeights:
@@ -273,7 +283,8 @@ class OriginalWeights:
         from safetensors import safe_open
 
         names = (name, name.removeprefix(f"{self.prefix}."), f"{self.prefix}.{name}")
-        found = next((key for key in names if key in self.files), None)
+        today = (self.older_names.get(key, key) for key in names)
+        found = next((key for key in today if key in self.files), None)
         if found is None:
             near = near_misses(name, self.files)
             raise ValueError(
@@ -282,6 +293,32 @@ class OriginalWeights:
             )
         with safe_open(self.folder / self.files[found], framework="pt") as file:
             return file.get_tensor(found)
+
+
+def older_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Today's name of each tensor of a file that transformers has renamed since -> its name in the file.
+
+    Args:
+        model: a base model.
+        names: in its file; transformers goes on saving under the older ones.
+    """
+    if not any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__):
+        return {}
+    import transformers
+
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        return {}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    renamed = {}
+    for name in names:
+        today = name
+        for renaming in renamings:
+            today, _ = renaming.rename_source_key(today)
+        renamed[today] = name
+    return {today: name for today, name in renamed.items() if today != name}
 
 
 FILES = ("model.safetensors", "model.safetensors.index.json")

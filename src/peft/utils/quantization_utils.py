@@ -8,6 +8,11 @@ from typing import Any
 from torch import nn
 
 from ..engine.backends import QuantizationBackend, resolve_quantization_backend
+from ..engine.backends.bnb_4bit import Bnb4bitBackend
+from ..engine.backends.bnb_8bit import Bnb8bitBackend
+from ..engine.backends.forward_only import ForwardOnlyQuantizationBackend
+from ..engine.backends.hqq import HqqBackend
+from ..engine.backends.torchao import TorchaoBackend, recipe_of
 from ..import_utils import (
     is_aqlm_available,
     is_bnb_4bit_available,
@@ -33,9 +38,8 @@ def get_quantization_kwargs(model: nn.Module) -> dict[str, Any]:
     Returns:
         `get_apply_tensor_subclass`, by which torchao quantises a merged weight again, for a model that has it.
     """
-    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    helper = getattr(config, "get_apply_tensor_subclass", None)
-    return {} if helper is None else {"get_apply_tensor_subclass": helper}
+    recipe = recipe_of(model)
+    return {} if recipe is None else {"get_apply_tensor_subclass": recipe}
 
 
 def quantization_extra_repr(module: nn.Module) -> str:
@@ -45,7 +49,12 @@ def quantization_extra_repr(module: nn.Module) -> str:
 
 
 __all__ = [
+    "Bnb4bitBackend",
+    "Bnb8bitBackend",
+    "ForwardOnlyQuantizationBackend",
+    "HqqBackend",
     "QuantizationBackend",
+    "TorchaoBackend",
     "dequantize_bnb_weight",
     "get_quantization_kwargs",
     "is_aqlm_available",

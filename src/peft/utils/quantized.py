@@ -48,16 +48,25 @@ def get_gptqmodel_quant_linear(gptq_quantization_config: Any, device_map: Any = 
     )
 
 
-def _is_a(module: nn.Module, class_name: str) -> bool:
-    # By name: to ask is no reason to import GPTQModel, and where it was not imported no layer is its.
-    return any(cls.__name__ == class_name and cls.__module__.startswith("gptqmodel.") for cls in type(module).__mro__)
+def is_from(module: nn.Module, package: str, *class_names: str) -> bool:
+    """Whether a module's class is, or derives from, one of these classes of a package.
+
+    Args:
+        module: any module.
+        package: as it is imported; nothing is.
+        class_names: the classes' own names, wherever in the package they are defined.
+    """
+    # By name: to ask is no reason to import the package, and where nobody has imported it no layer is of it.
+    return any(
+        cls.__name__ in class_names and cls.__module__.partition(".")[0] == package for cls in type(module).__mro__
+    )
 
 
 def is_gptqmodel_quant_linear(module: nn.Module) -> bool:
     """Whether a module is one of GPTQModel's quantised linear layers."""
-    return _is_a(module, "BaseQuantLinear")
+    return is_from(module, "gptqmodel", "BaseQuantLinear")
 
 
 def is_gptqmodel_awq_layer(module: nn.Module) -> bool:
     """Whether a module is one of GPTQModel's linear layers for AWQ weights."""
-    return _is_a(module, "AWQuantLinear")
+    return is_from(module, "gptqmodel", "AWQuantLinear")

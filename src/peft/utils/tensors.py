@@ -48,6 +48,19 @@ def is_bare(linear: nn.Module) -> bool:
     )
 
 
+def weight_of(linear: nn.Module) -> torch.Tensor:
+    """The weight (out, in) of a factor, also where FSDP1 has made it a unit, which is whole only while it is called.
+
+    Args:
+        linear: a linear layer without bias or anything else with a `weight`, perhaps in such a unit.
+    """
+    inner = linear._modules.get("_fsdp_wrapped_module")
+    if not isinstance(inner, nn.Linear):
+        return linear.weight
+    unit = torch.eye(inner.in_features, dtype=next(linear.parameters()).dtype, device=next(linear.parameters()).device)
+    return linear(unit).T
+
+
 def add_product(result: torch.Tensor, hidden: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
     """result + s·hidden·Bᵀ in one kernel.
 
@@ -81,6 +94,11 @@ def product(B: torch.Tensor, A: torch.Tensor, gains: torch.Tensor | None = None)
 def is_spread(tensor: Any) -> bool:
     """Whether a tensor is a `DTensor`, of which each rank holds a part."""
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor of which each rank holds a part, which all ranks ask for together; any other tensor itself."""
+    return tensor.full_tensor() if is_spread(tensor) else tensor
 
 
 def spread_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

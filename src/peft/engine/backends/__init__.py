@@ -1,30 +1,35 @@
 """Weight backends: how the weight of a base layer is read and written, whatever form it is kept in.
 
 A backend is one file in this package: a subclass of `QuantizationBackend` under `@register_backend`. Layers that no
-backend claims hold a dense weight. Methods never see which backend a layer has.
+backend claims hold a dense weight. Methods never see which backend a layer has. No file imports the package that it is
+for: a layer can only be of its sort if somebody has imported it already, so that types are told apart by name.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import pkgutil
+from abc import ABC
 from typing import Any
 
 import torch
 from torch import nn
 
+from ...utils.error import FixedWeightError
 from ..offload import fetched
 
 _BACKENDS: list[type[QuantizationBackend]] = []
 _loaded = False
 
 
-class QuantizationBackend:
+class QuantizationBackend(ABC):  # noqa: B024  (client libraries know it as one)
     """Reads and writes the weight of layers that do not keep it as a plain floating-point parameter."""
 
     backend_name: str = ""
     supports_merge: bool = False
     layer_type: str = "linear"
+    """Name of the kind of layer (see `kinds`)."""
 
     @classmethod
     def claims(cls, base_layer: nn.Module, options: dict[str, Any]) -> QuantizationBackend | None:
@@ -34,7 +39,7 @@ class QuantizationBackend:
             base_layer: an innermost base layer.
             options: what the tuner knows about the model's quantisation.
         """
-        raise NotImplementedError
+        return None
 
     def get_base_weight(self, base_layer: nn.Module) -> torch.Tensor:
         """The weight as a dense floating-point tensor in the layer's own layout."""
@@ -46,7 +51,30 @@ class QuantizationBackend:
         Raises:
             TypeError: the form can only be read or only be applied.
         """
-        raise TypeError(f"A weight kept by {self.backend_name or type(self).__name__} cannot be written.")
+        raise self.unwritable(peft_layer._label or type(peft_layer).__name__)
+
+    def unwritable(self, label: str) -> FixedWeightError:
+        """The error that says that a weight cannot be written.
+
+        Args:
+            label: what messages call the layer.
+        """
+        return FixedWeightError(
+            f"{label}: its weight is kept by {self.backend_name or type(self).__name__}, which can only be read: nothing "
+            "can be merged into it. Keep the adapter beside it, or merge it into the model before that is quantised."
+        )
+
+    def features(self, base_layer: nn.Module) -> tuple[int, int]:
+        """Input and output features, of a layer that is none of torch's kinds."""
+        return base_layer.in_features, base_layer.out_features
+
+    def stored_weight(self, base_layer: nn.Module) -> torch.Tensor:
+        """The tensor in which the weight is kept, or the largest of several."""
+        return base_layer.qweight if hasattr(base_layer, "qweight") else base_layer.weight
+
+    def write(self, base_layer: nn.Module, weight: torch.Tensor, label: str) -> None:
+        """Store a dense weight in a layer that stays the module that it is; arguments and errors as `ParameterBackend`'s."""
+        raise self.unwritable(label)
 
     def snapshot(self, base_layer: nn.Module) -> Any:
         """Whatever `restore` needs to bring the stored weight back bit for bit; by default all tensors of the layer."""
@@ -57,6 +85,14 @@ class QuantizationBackend:
         current = peft_layer.get_base_layer().state_dict(keep_vars=True)
         for name, tensor in snapshot.items():
             current[name].data.copy_(tensor)
+
+    def weight_in(self, base_layer: nn.Module, snapshot: Any) -> torch.Tensor:
+        """The dense weight that a layer had when the snapshot was taken, as `get_base_weight` gives it."""
+        layer = copy.copy(base_layer)
+        layer._parameters, layer._buffers = dict(base_layer._parameters), dict(base_layer._buffers)
+        for held in (layer._parameters, layer._buffers):
+            held.update({name: tensor for name, tensor in snapshot.items() if name in held})
+        return self.get_base_weight(layer)
 
     def maybe_clone_base_result(self, x: torch.Tensor) -> torch.Tensor:
         """A copy of the base layer's output where an in-place sum onto it would break its backward."""
@@ -79,6 +115,11 @@ def _load_all() -> None:
 _DENSE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+def _is_dense(layer: nn.Module) -> bool:
+    """A quick answer for most layers: torch's own, with a parameter of torch's own."""
+    return type(layer) in _DENSE and type(layer._parameters.get("weight")) is nn.Parameter
+
+
 def dense_weight(base_layer: nn.Module, **options: Any) -> torch.Tensor:
     """The weight of a base layer as a dense tensor, whatever form it is kept in.
 
@@ -86,7 +127,7 @@ def dense_weight(base_layer: nn.Module, **options: Any) -> torch.Tensor:
         base_layer: an innermost base layer.
         options: as `resolve_quantization_backend`.
     """
-    backend = None if type(base_layer) in _DENSE else resolve_quantization_backend(base_layer, **options)
+    backend = resolve_quantization_backend(base_layer, **options)
     return fetched(base_layer, base_layer.weight) if backend is None else backend.get_base_weight(base_layer)
 
 
@@ -97,6 +138,8 @@ def resolve_quantization_backend(base_layer: nn.Module, **kwargs: Any) -> Quanti
         base_layer: an innermost base layer.
         kwargs: what the tuner knows about the model's quantisation.
     """
+    if _is_dense(base_layer):
+        return None
     _load_all()
     for cls in _BACKENDS:
         backend = cls.claims(base_layer, kwargs)

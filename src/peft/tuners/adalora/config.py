@@ -53,6 +53,7 @@ class AdaLoraConfig(LoraConfig):
     """
 
     module_patterns: ClassVar[tuple[str, ...]] = ()
+    fractional: ClassVar[tuple[str, ...]] = ("lora_alpha", "tinit", "tfinal", "deltaT", "total_step")
 
     rank_pattern: dict | None = None
     target_r: int = 8

@@ -1,38 +1,14 @@
-"""AdaLoRA on linear layers of GPTQ."""
+"""AdaLoRA on linear layers of GPTQ; see `peft.engine.backends.gptq` for how these keep their weights."""
 
-from __future__ import annotations
-
-from typing import Any
-
-import torch
-from torch import nn
-
-from ...engine.kinds import LINEAR
-from .layer import SVDLayer
+from ...engine.layer import AdapterLayer
+from .config import AdaLoraConfig
+from .layer import AdaLoraLayer, SVDLinear
 
 
-class SVDQuantLinear(SVDLayer):
-    """AdaLoRA on a linear layer whose weight is quantised by GPTQ; the base layer's own forward does the rest.
+class SVDQuantLinear(SVDLinear):
+    """AdaLoRA on a linear layer whose weight is quantised by GPTQ, into which nothing can be merged."""
 
-    Args:
-        base_layer: a layer with `in_features` and `out_features`.
-        adapter_name: the adapter.
-        config: its configuration.
-        r: rank to start with.
-        lora_alpha: the scaling.
-    """
 
-    def _wrap(self, base_layer: nn.Module, **options: Any) -> None:
-        super()._wrap(base_layer, **options)
-        self.__dict__["kind"] = LINEAR
+LAYER_CLASSES: dict[tuple[str, str], type[AdapterLayer]] = {("gptq", "linear"): SVDQuantLinear}
 
-    def fold(self, tensors: dict[str, torch.Tensor], adapter: str) -> dict[str, torch.Tensor]:
-        """Not possible: a weight quantised by GPTQ cannot be written.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError(
-            f"{self._label or type(self).__name__} keeps its weight quantised by GPTQ, into which the adapter {adapter!r} "
-            "cannot be merged. Merge it into the model before that is quantised."
-        )
+__all__ = ["AdaLoraConfig", "AdaLoraLayer", "SVDQuantLinear"]

@@ -16,6 +16,7 @@ from ...engine.tuner import BaseTuner
 from ...utils.constants import TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING
 from ...utils.integrations import gather_params_ctx
 from ..lora.model import LoraModel
+from . import bnb, gptq
 from .allocation import (
     FACTORS,
     RankAllocator,
@@ -49,6 +50,7 @@ class AdaLoraModel(LoraModel):
     tuner_layer_cls = AdaLoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING
     layer_classes: ClassVar[dict[str, type[AdapterLayer]]] = LAYER_CLASSES
+    quantized_layer_classes = bnb.LAYER_CLASSES | gptq.LAYER_CLASSES
 
     trainable_adapter_name: str | None = None
     """The adapter whose ranks are pruned."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ...config import PeftConfig
 from ...utils.peft_types import PeftType
@@ -33,6 +34,8 @@ class FourierFTConfig(PeftConfig):
     Raises:
         ValueError: `layers_pattern` without `layers_to_transform`, or one of them with a regular expression.
     """
+
+    module_patterns: ClassVar[tuple[str, ...]] = ("n_frequency_pattern",)
 
     n_frequency: int = 1000
     scaling: float = 150.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ from torch import nn
 
 from ...engine.auxiliary import ModulesToSaveWrapper
 from ...engine.layer import BaseTunerLayer
+from ...engine.matching import match_target_against_key
 from ...engine.tuner import BaseTuner
 from ...engine.undo import Undo
 from ...engine.weighted import check_sources, take_over, union_of
@@ -22,6 +22,7 @@ from ...utils.constants import (
 )
 from ...utils.modules import _freeze_adapter, _get_submodules
 from ...utils.naming import check_adapter_name
+from . import bnb
 from .config import IA3Config
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, IA3Layer, Linear
 
@@ -29,7 +30,7 @@ from .layer import Conv1d, Conv2d, Conv3d, Embedding, IA3Layer, Linear
 def is_feedforward(feedforward_modules: str | Iterable[str], name: str) -> bool:
     """Whether the module of that name rescales its input, see `IA3Config.feedforward_modules`."""
     if isinstance(feedforward_modules, str):
-        return re.fullmatch(feedforward_modules, name) is not None
+        return match_target_against_key(feedforward_modules, name) is not None
     return name.endswith(tuple(feedforward_modules))
 
 
@@ -54,6 +55,7 @@ class IA3Model(BaseTuner):
         "conv2d": Conv2d,
         "conv3d": Conv3d,
     }
+    quantized_layer_classes = bnb.LAYER_CLASSES
     unsupported_error = ValueError
     keeps_target_list = True
     """Feed-forward entries must stay among the targets, so a long list of these is not shortened."""

@@ -125,6 +125,9 @@ def checked_matrices(layer: LoraLayer, adapter: str, initialiser: str, quantised
             f"{about} needs a base weight in one of {names}, got {str(weight.dtype).removeprefix('torch.')}. Start the "
             "adapter on the model before it is quantised."
         )
+    backend = layer.quantization_backend
+    if backend is not None and not backend.supports_merge:
+        raise backend.unwritable(about)
     return _coming_matrices(layer, _put_off(layer))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ...config import PeftConfig
 from ...utils.peft_types import PeftType
@@ -247,7 +247,10 @@ def as_config(cls: type, value: Any, field_name: str) -> Any:
         return value
     if isinstance(value, dict):
         takes = {entry.name: entry.init for entry in fields(cls)}
-        config = cls(**{key: item for key, item in value.items() if takes.get(key)})
+        try:
+            config = cls(**{key: item for key, item in value.items() if takes.get(key)})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{field_name}: {error}") from error
         for name in (key for key in value if takes.get(key) is False):
             setattr(
                 config, name, value[name]
@@ -303,6 +306,8 @@ class LoraConfig(PeftConfig):
         ValueError: options that exclude each other.
         TypeError: `target_parameters` is a string.
     """
+
+    fractional: ClassVar[tuple[str, ...]] = ("lora_alpha", "alpha_pattern")
 
     r: int = 8
     target_modules: list[str] | str | None = None
@@ -363,6 +368,9 @@ class LoraConfig(PeftConfig):
                 setattr(self, name, set(getattr(self, name)))
         if isinstance(self.target_parameters, str):
             raise TypeError(f"target_parameters must be a list of names, got the string {self.target_parameters!r}.")
+        for name in self.module_patterns:
+            if getattr(self, name) is None:
+                setattr(self, name, {})
         for name, cls in SUB_CONFIGS.items():
             setattr(self, name, as_config(cls, getattr(self, name), name))
         if self.ensure_weight_tying:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ...engine.backends import dense_weight
-from ...utils.tensors import add_product, is_bare
+from ...utils.tensors import add_product, is_bare, weight_of
 from .base_weight import coming_weight
 from .variant import LoraVariant, register_variant
 
@@ -97,7 +97,8 @@ class DoraLinearLayer(nn.Module):
 
     def gain(self, base_layer: nn.Module, lora_A: Any, lora_B: Any, scaling: float) -> torch.Tensor:
         """m/‖V‖, in the shape of m."""
-        magnitude = self._parameters["weight"]
+        magnitude = self._parameters.get("weight")
+        magnitude = self.weight if magnitude is None else magnitude  # FSDP1 makes it part of a flat one
         norm = self.norm(dense_weight(base_layer), lora_A, lora_B, scaling)
         return magnitude / (norm if norm.dtype is magnitude.dtype else norm.to(magnitude.dtype))
 
@@ -175,7 +176,7 @@ class DoraLinearLayer(nn.Module):
 
 
 def _factor(factor: Any) -> torch.Tensor:
-    return factor if torch.is_tensor(factor) else factor.weight
+    return factor if torch.is_tensor(factor) else weight_of(factor)
 
 
 def _dtype_of(weight: torch.Tensor, A: torch.Tensor) -> torch.dtype:

@@ -10,14 +10,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
+from ...engine.backends.gptq import GptqBackend
 from ...engine.layer import AdapterLayer, BaseTunerLayer
-from ...engine.lifecycle import as_names
+from ...engine.lifecycle import as_names, modules_of
 from ...engine.matching import get_pattern_key, is_suffix
 from ...engine.replication import replicate_layers
 from ...engine.state import base_model_of
 from ...engine.tuner import BaseTuner
 from ...engine.tying import input_embedding_name, save_tied_copies
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from . import aqlm, awq, bnb, eetq, gptq, hqq, inc, te, torchao
 from .alora import is_alora_relevant_in_batch, knowing_offsets
 from .config import LoraConfig
 from .initialisers import changes_base
@@ -65,6 +67,11 @@ class LoraModel(BaseTuner):
     tuner_layer_cls = LoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     layer_classes: ClassVar[dict[str, type[AdapterLayer]]] = LAYER_CLASSES
+    quantized_layer_classes: ClassVar[dict[tuple[str, str], type[AdapterLayer]]] = {
+        key: layer_cls
+        for module in (aqlm, awq, bnb, eetq, gptq, hqq, inc, te, torchao)
+        for key, layer_cls in module.LAYER_CLASSES.items()
+    }
     special_forward_args: ClassVar[tuple[str, ...]] = ("alora_offsets",)
     unsupported_error = ValueError
 
@@ -196,7 +203,7 @@ class LoraModel(BaseTuner):
         check_beside(config, ((name, other) for name, other in self.peft_config.items() if other is not config))
         if (
             config.use_qalora
-            and getattr(self.model, "quantization_method", None) != "gptq"
+            and not any(GptqBackend.claims(module, {}) for _, module in modules_of(self.model))
             and not config._custom_modules
         ):
             warnings.warn(

@@ -59,6 +59,13 @@ class ParamWrapper(LoraLayer, nn.Module):
             raise ValueError(
                 f"The parameter {parameter_name!r} has {parameter.dim()} dimensions; 2 and 3 can be adapted."
             )
+        if self.quantization_backend is not None or not parameter.is_floating_point():
+            backend = self.quantization_backend
+            kept = f"by {backend.backend_name}" if backend is not None else f"in {parameter.dtype}"
+            raise TypeError(
+                f"{kwargs.get('target_name') or parameter_name} of the adapter {adapter_name!r} is quantised ({kept}); only a "
+                "dense parameter can be adapted by target_parameters. Name the module in target_modules instead."
+            )
         self.num_experts = parameter.shape[0] if parameter.dim() == 3 else 1
         self.is_transposed = parameter.dim() == 3 and bool(getattr(self.get_base_layer(), "is_transposed", False))
         out_features, in_features = parameter.shape[-2:]

@@ -224,7 +224,10 @@ def _module(core: str, name: str) -> ModuleType:
         raise ValueError(
             f"megatron_core must name a module of {' or '.join(allowed)}, such as 'megatron.core', got {core!r}."
         )
-    return importlib.import_module(f"{core}.{name}")
+    try:
+        return importlib.import_module(f"{core}.{name}")
+    except ImportError as error:
+        raise ImportError(f"megatron_config is set, which needs {core}.{name}: {error}.") from error
 
 
 __all__ = [

@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from ...config import PeftConfig
 from ...utils.peft_types import PeftType
@@ -114,7 +114,10 @@ class OFTConfig(PeftConfig):
 
 def _release(version: str) -> Version:
     """A version as configurations state it, possibly with the commit behind `@`."""
-    return Version(version.partition("@")[0])
+    try:
+        return Version(version.partition("@")[0])
+    except InvalidVersion as error:
+        raise ValueError(f"peft_version must be a version such as '0.18.0', got {version!r}.") from error
 
 
 __all__ = ["OFTConfig", "PeftConfig", "PeftType"]

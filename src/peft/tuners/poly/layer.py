@@ -72,6 +72,9 @@ class PolyLayer(AdapterLayer):
         where = f"{where}, adapter {adapter_name!r}"
         if config.r <= 0:
             raise ValueError(f"{where}: the rank must be positive, got r={config.r}; the smallest is 1.")
+        for name in ("n_tasks", "n_skills", "n_splits"):
+            if getattr(config, name) <= 0:
+                raise ValueError(f"{where}: {name} must be positive, got {getattr(config, name)}; the smallest is 1.")
         if self.in_features % config.n_splits or self.out_features % config.n_splits:
             highest = math.gcd(self.in_features, self.out_features)
             raise ValueError(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ...engine.backends import resolve_quantization_backend
-from ...engine.kinds import kind_of
+from ...engine.kinds import LINEAR, kind_of
 from ...engine.layer import AdapterLayer, BaseTunerLayer
 from ...engine.lifecycle import Entry
 from ...engine.tuner import BaseTuner
@@ -95,7 +95,7 @@ class VeraModel(BaseTuner):
             fan_out, *fan_in = kind.shape(base)
             return fan_out, math.prod(fan_in)
         if resolve_quantization_backend(base, **self._quantization_options()) is not None:
-            return base.out_features, base.in_features
+            return LINEAR.shape(base)
         return None
 
     def layer_options(self, config: VeraConfig, adapter_name: str, key: str, target: nn.Module) -> dict[str, Any]:
