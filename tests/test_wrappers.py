@@ -126,6 +126,24 @@ class TestModulesToSaveWrapper:
         assert original.weight is other.weight
 
 
+def test_copies_that_share_a_weight_train_again_after_disabling():
+    embedding = ModulesToSaveWrapper(nn.Embedding(5, 3), "a")
+    head = ModulesToSaveWrapper(nn.Linear(3, 5, bias=False), "a", tied_module=embedding.modules_to_save["a"])
+    shared = head.modules_to_save["a"].weight
+    assert shared is embedding.modules_to_save["a"].weight
+    for first, second in ((embedding, head), (head, embedding)):
+        for enabled in (False, True):
+            first.enable_adapters(enabled)
+            second.enable_adapters(enabled)
+            assert shared.requires_grad is enabled
+    shared.requires_grad_(False)  # by hand, which stays
+    for wrapper in (embedding, head):
+        wrapper.enable_adapters(False)
+    for wrapper in (embedding, head):
+        wrapper.enable_adapters(True)
+    assert not shared.requires_grad
+
+
 def test_wrappers_are_tuner_layers():
     wrapper = ModulesToSaveWrapper(nn.Linear(2, 2), "a")
     assert isinstance(wrapper, BaseTunerLayer) and isinstance(wrapper, AuxiliaryTrainingWrapper)

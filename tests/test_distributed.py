@@ -1,0 +1,35 @@
+"""Adapters on two processes: the same weights as one process gives on the rows of both, saved and loaded whole.
+
+What runs in the processes is in `tests/workers`.
+"""
+
+import pytest
+
+from distributed import in_two_processes
+from workers.recipes import RECIPES
+
+
+def test_data_parallel(tmp_path):
+    assert in_two_processes("ddp:everything", tmp_path) == [list(RECIPES)] * 2
+
+
+def test_fully_sharded(tmp_path):
+    assert in_two_processes("fsdp2:everything", tmp_path) == [list(RECIPES)] * 2
+
+
+@pytest.mark.slow
+def test_more_of_what_is_fully_sharded(tmp_path):
+    from workers.fsdp2 import METHODS
+
+    assert in_two_processes("fsdp2:more", tmp_path, timeout=400) == [list(METHODS)] * 2
+
+
+@pytest.mark.slow
+def test_accelerate(tmp_path):
+    assert in_two_processes("accelerated:data_parallel_and_fsdp2", tmp_path, timeout=400) == [list(RECIPES)] * 2
+
+
+@pytest.mark.slow
+def test_first_version_of_fsdp(tmp_path):
+    recipes = ["lora", "copies", "dora", "prompt"]
+    assert in_two_processes("accelerated:fsdp1", tmp_path, timeout=400) == [recipes] * 2

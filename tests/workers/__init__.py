@@ -1,0 +1,1 @@
+"""What runs in the processes of the tests of distributed training; see `tests/distributed.py`."""
