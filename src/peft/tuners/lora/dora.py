@@ -8,6 +8,8 @@ m/‖V‖·(W·x + s·B·A·x) + b.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +45,31 @@ def row_norms(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: f
     return torch.linalg.vector_norm(add_product(weight, B, A.T, scaling), dim=1)
 
 
+def cache_decorator(cache_key: str) -> Callable[[Callable], Callable]:
+    """A decorator for a method of a magnitude module: in eval mode its result is remembered, if that is switched on.
+
+    A call that is not to use what is remembered forgets it.
+
+    Args:
+        cache_key: under which name.
+    """
+
+    def decorate(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def remembering(self: DoraLinearLayer, *args: Any, **kwargs: Any) -> Any:
+            if not ENABLE_DORA_CACHING or self.training:
+                if self._remembered:
+                    self._remembered = {}
+                return method(self, *args, **kwargs)
+            if cache_key not in self._remembered:
+                self._remembered[cache_key] = method(self, *args, **kwargs)
+            return self._remembered[cache_key]
+
+        return remembering
+
+    return decorate
+
+
 class DoraLinearLayer(nn.Module):
     """Holds the magnitude m of one adapter, and computes norms for it.
 
@@ -53,7 +80,7 @@ class DoraLinearLayer(nn.Module):
     def __init__(self, fan_in_fan_out: bool) -> None:
         super().__init__()
         self.fan_in_fan_out = fan_in_fan_out
-        self._norm: torch.Tensor | None = None
+        self._remembered: dict[str, torch.Tensor] = {}
 
     def canonical(self, weight: torch.Tensor) -> torch.Tensor:
         """The base weight as a matrix with one row per output feature."""
@@ -84,16 +111,11 @@ class DoraLinearLayer(nn.Module):
         A, B = _factor(lora_A), _factor(lora_B)
         return B.flatten(1) @ A.flatten(1)
 
+    @cache_decorator("norm")
     @torch.no_grad()
     def norm(self, weight: torch.Tensor, lora_A: Any, lora_B: Any, scaling: float) -> torch.Tensor:
         """The same as `get_weight_norm` from A and B; remembered in eval mode if caching is switched on."""
-        caching = ENABLE_DORA_CACHING and not self.training
-        if caching and self._norm is not None:
-            return self._norm
-        norm = self.fresh_norm(weight, _factor(lora_A), _factor(lora_B), scaling)
-        if caching or self._norm is not None:
-            self._norm = norm if caching else None
-        return norm
+        return self.fresh_norm(weight, _factor(lora_A), _factor(lora_B), scaling)
 
     def gain(self, base_layer: nn.Module, lora_A: Any, lora_B: Any, scaling: float) -> torch.Tensor:
         """m/‖V‖, in the shape of m."""
@@ -106,7 +128,7 @@ class DoraLinearLayer(nn.Module):
         return row_norms(self.canonical(weight), A, B, scaling)
 
     def train(self, mode: bool = True) -> DoraLinearLayer:
-        self._norm = None
+        self._remembered = {}
         return super().train(mode)
 
     def update_layer(
