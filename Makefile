@@ -7,9 +7,9 @@ SHELL := /bin/bash
 .PHONY: help demo examples test test-slow test-gpu test-compat quality style messages docs bench clean
 
 VENV ?= .venv
-COMPAT ?= .venv-compat
-COMPAT_TRANSFORMERS ?= 5.23.0
 ARGS ?=
+ALL_SETS := oldest previous newest
+SETS ?= $(ALL_SETS)
 
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
 FIND_PYTHON = $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 python3.10,\
@@ -22,7 +22,9 @@ RUN := env OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS
     HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 HF_HUB_DISABLE_PROGRESS_BARS=1
 PYTEST := -m pytest -n 2 --dist worksteal
 EXAMPLES := sentiment ranks diffusion_blend serving quantized
-COMPAT_FILES := $(wildcard tests/test_diffusers_models.py tests/test_transformers_models.py tests/test_lifecycle.py)
+# The environment of a set of releases; the newest set is what everything else here runs with.
+environment = $(VENV)$(if $(filter-out newest,$1),-$1)
+$(if $(filter-out $(ALL_SETS),$(SETS)),$(error SETS are among $(ALL_SETS), got $(SETS)))
 
 help: ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do \
@@ -43,10 +45,9 @@ test-slow: $(VENV)/.installed-test ## run the tests that take long
 test-gpu: $(VENV)/.installed-test ## run the tests that need an accelerator
 	$(RUN) $(VENV)/bin/python -m pytest -m gpu $(ARGS)
 
-test-compat: $(COMPAT)/.installed ## run the tests of clients with an older transformers, in a second environment
-	$(if $(COMPAT_FILES),$(RUN) $(COMPAT)/bin/python $(PYTEST) $(ARGS) $(COMPAT_FILES))
-	$(RUN) $(COMPAT)/bin/python $(PYTEST) -m 'compat and not slow and not gpu' $(ARGS) \
-	    $(addprefix --ignore=,$(COMPAT_FILES)) tests || [ $$? -eq 5 ] # 5: no other file has such tests
+test-compat: $(foreach set,$(SETS),$(call environment,$(set))/.installed-test) ## run the tests of clients with SETS="oldest previous newest" of them; the oldest is 3.5 GB to fetch once
+	$(RUN) $(patsubst %/.installed-test,%/bin/python,$<) scripts/compat.py \
+	    $(foreach set,$(SETS),$(set)=$(call environment,$(set))) -- $(ARGS)
 
 quality: $(VENV)/.installed-quality ## check style, syntax, the direction of imports and the links in the documentation
 	$(VENV)/bin/ruff check $(CODE)
@@ -70,7 +71,7 @@ bench: $(VENV)/.installed-test ## run the benchmarks
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python benchmarks/run.py $(ARGS)
 
 clean: ## remove what was built, the environments too
-	rm -rf build dist outputs $(VENV) $(COMPAT) .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf build dist outputs $(VENV) $(VENV)-* .pytest_cache .ruff_cache src/*.egg-info
 	find src tests scripts -name __pycache__ -prune -exec rm -rf {} +
 
 # A stamp per set of packages: a second run finds it and does nothing.
@@ -79,15 +80,22 @@ $(VENV)/.installed-%: setup.py constraints.txt | $(VENV)/bin/python
 	$(VENV)/bin/pip install --quiet --no-build-isolation -c constraints.txt -e '.[$*]'
 	touch $@
 
-$(COMPAT)/.installed: setup.py constraints.txt | $(COMPAT)/bin/python
-	mkdir -p build
-	sed 's/^transformers==[0-9.]*/transformers==$(COMPAT_TRANSFORMERS)/' constraints.txt > build/constraints-compat.txt
-	$(COMPAT)/bin/pip install --quiet -c build/constraints-compat.txt setuptools
-	$(COMPAT)/bin/pip install --quiet --no-build-isolation -c build/constraints-compat.txt -e '.[test]'
+$(VENV)-%/.installed-test: setup.py constraints.txt constraints/%.txt | $(VENV)-%/bin/python
+	mkdir -p build/compat
+	$(VENV)-$*/bin/python scripts/compat.py --constraints $* > build/compat/$*.txt
+	$(VENV)-$*/bin/pip install --quiet -c build/compat/$*.txt setuptools
+	$(VENV)-$*/bin/pip install --quiet --no-build-isolation -c build/compat/$*.txt -e '.[test]'
 	touch $@
 
-$(VENV)/bin/python $(COMPAT)/bin/python:
-	$(or $(PYTHON),$(FIND_PYTHON),$(error No Python from 3.10 to 3.13 is on the path; name one with PYTHON=...)) \
-	    -m venv $(patsubst %/bin/python,%,$@)
+define make_environment
+$(or $(PYTHON),$(FIND_PYTHON),$(error No Python from 3.10 to 3.13 is on the path; name one with PYTHON=...)) \
+    -m venv $(@:/bin/python=)
+endef
 
-.PRECIOUS: $(VENV)/.installed-% $(VENV)/bin/python $(COMPAT)/bin/python
+$(VENV)/bin/python:
+	$(make_environment)
+
+$(VENV)-%/bin/python:
+	$(make_environment)
+
+.PRECIOUS: $(VENV)/.installed-% $(VENV)-%/.installed-test $(VENV)/bin/python $(VENV)-%/bin/python

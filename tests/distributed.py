@@ -1,7 +1,8 @@
-"""Runs a task of `tests/workers` in two processes that talk over gloo, and brings back what each of them returned.
+"""Runs tasks of `tests/workers` in two processes that talk over gloo, and brings back what each of them returned.
 
-Nothing here waits for ever: a process that fails ends the others, a pair that takes too long is ended as a group, and a
-process whose test has gone ends itself.
+One process imports what the tasks need, and the two come from it by `fork`: half the imports, which take longer than most
+tasks. Nothing here waits for ever: a process that fails ends the others, a pair that takes too long is ended as a group,
+and a process whose test has gone ends itself.
 """
 
 from __future__ import annotations
@@ -14,78 +15,63 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 PROCESSES = 2
 TESTS = Path(__file__).resolve().parent
 GRACE = 10  # seconds in which the others may say what went wrong, once a process has failed
 
 
-def in_two_processes(task: str, folder: Path, *, timeout: int = 120, processes: int = PROCESSES) -> list[Any]:
-    """What each process returned, by rank.
+def in_two_processes(*tasks: str, folder: Path, timeout: int = 120) -> list[tuple[Any, ...]]:
+    """What each process returned from each task, by rank.
 
     Args:
-        task: `module:function` in `tests/workers`; the function takes the folder and returns tensors and plain values.
+        tasks: `module:function` in `tests/workers`, one after the other; each function takes a folder of its own and
+            returns tensors and plain values.
         folder: an empty folder, which the processes share.
         timeout: seconds until all are ended.
 
     Raises:
         AssertionError: a process failed or took too long; the message has what each of them printed.
     """
-    port = _free_port()
-    logs = [folder / f"log{rank}.txt" for rank in range(processes)]
-    running = [_start(task, folder, rank, processes, port, timeout, log) for rank, log in enumerate(logs)]
+    running = _start(tasks, folder, timeout)
     try:
-        _wait(running, timeout)
-        codes = [process.poll() for process in running]
+        code = running.wait(timeout)
+    except subprocess.TimeoutExpired:
+        code = None
     finally:
         _end(running)
-    if any(codes):
-        said = "\n".join(
-            f"--- rank {rank}: {'still running' if code is None else f'exit status {code}'}\n{_tail(log)}"
-            for rank, (code, log) in enumerate(zip(codes, logs))
-        )
-        raise AssertionError(f"{task} failed.\n{said}")
-    if any(code is None for code in codes):
-        said = "\n".join(f"--- rank {rank}\n{_tail(log)}" for rank, log in enumerate(logs))
-        raise AssertionError(f"{task} took longer than {timeout} s.\n{said}")
+    if code != 0:
+        what = f"took longer than {timeout} s" if code is None else "failed"
+        said = "\n".join(f"--- {log.stem}\n{_tail(log)}" for log in sorted(folder.glob("*.txt")))
+        raise AssertionError(f"{', '.join(tasks)} {what}.\n{said}")
 
     import torch
 
-    return [torch.load(folder / f"result{rank}.pt", weights_only=True) for rank in range(processes)]
+    return [torch.load(folder / f"result{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _start(
-    task: str, folder: Path, rank: int, processes: int, port: int, timeout: int, log: Path
-) -> subprocess.Popen[bytes]:
-    paths = [str(TESTS), *(path for path in sys.path if path)]
+def _start(tasks: tuple[str, ...], folder: Path, timeout: int) -> subprocess.Popen[bytes]:
     environment = {
         **os.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
+        "WORLD_SIZE": str(PROCESSES),
+        "LOCAL_WORLD_SIZE": str(PROCESSES),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "PYTHONPATH": os.pathsep.join(paths),
+        "MASTER_PORT": str(_free_port()),
+        "PYTHONPATH": os.pathsep.join([str(TESTS), *(path for path in sys.path if path)]),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "ACCELERATE_USE_CPU": "true",
+        "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    command = [sys.executable, str(Path(__file__).resolve()), task, str(folder), str(timeout)]
-    with log.open("wb") as output:
+    with (folder / "both.txt").open("wb") as output:
         return subprocess.Popen(
-            command,
+            [sys.executable, str(Path(__file__).resolve()), str(folder), str(timeout), *tasks],
             env=environment,
             cwd=folder,
             stdin=subprocess.DEVNULL,
@@ -95,44 +81,95 @@ def _start(
         )
 
 
-def _wait(running: list[subprocess.Popen[bytes]], timeout: int) -> None:
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        codes = [process.poll() for process in running]
-        if all(code is not None for code in codes):
-            return
-        if any(codes):
-            deadline = min(deadline, time.monotonic() + GRACE)
-            running = [process for process, code in zip(running, codes) if code is None]
-        time.sleep(0.05)
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
-def _end(running: Iterable[subprocess.Popen[bytes]]) -> None:
-    for process in running:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=GRACE)
+def _end(running: subprocess.Popen[bytes]) -> None:
+    if running.poll() is None:
+        os.killpg(running.pid, signal.SIGKILL)
+    running.wait(timeout=GRACE)
 
 
 def _tail(log: Path, characters: int = 6000) -> str:
     return log.read_text(encoding="utf-8", errors="replace")[-characters:]
 
 
-def main(task: str, folder: str, timeout: str) -> None:
-    """Run a task as one of the processes."""
-    # The last resort, should the test that started this process be gone.
-    faulthandler.dump_traceback_later(int(timeout), exit=True)
+# ------------------------------------------------------------------------------------------------- in the processes
+
+
+def main(folder: str, timeout: str, *tasks: str) -> None:
+    """Import what the tasks need, run them in the processes, and exit with 0 if all of them have."""
+    seconds = int(timeout)
+    functions = [_function(task) for task in tasks]
+    ranks = [_fork(rank, functions, Path(folder), seconds) for rank in range(PROCESSES)]
+    sys.exit(_wait(ranks, seconds))
+
+
+def _function(task: str) -> Callable[[Path], Any]:
+    module, _, function = task.partition(":")
+    return getattr(importlib.import_module(f"workers.{module}"), function)
+
+
+def _fork(rank: int, functions: list[Callable[[Path], Any]], folder: Path, seconds: int) -> int:
+    child = os.fork()
+    if child == 0:
+        _be(rank, functions, folder, seconds)
+    return child
+
+
+def _be(rank: int, functions: list[Callable[[Path], Any]], folder: Path, seconds: int) -> NoReturn:
+    """Be one of the processes, to the end."""
+    code = 1
+    try:
+        with (folder / f"rank{rank}.txt").open("wb") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        faulthandler.dump_traceback_later(seconds, exit=True)  # the last resort, should the test be gone
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        _run(rank, functions, folder, seconds)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _run(rank: int, functions: list[Callable[[Path], Any]], folder: Path, seconds: int) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     # Collectives wait less than the test does, so that a process left alone says in which one.
-    dist.init_process_group("gloo", timeout=timedelta(seconds=max(int(timeout) // 2, 20)))
-    module, _, function = task.partition(":")
-    result = getattr(importlib.import_module(f"workers.{module}"), function)(Path(folder))
-    torch.save(result, Path(folder) / f"result{dist.get_rank()}.pt")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=max(seconds // 2, 20)))
+    results = []
+    for number, function in enumerate(functions):
+        own = folder / f"task{number}"
+        own.mkdir(exist_ok=True)
+        results.append(function(own))
+    torch.save(tuple(results), folder / f"result{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _wait(ranks: list[int], seconds: int) -> int:
+    """0 once all have ended well; 1 as soon as one has not and the others have had time to say why."""
+    deadline, left, code = time.monotonic() + seconds, set(ranks), 0
+    while left and time.monotonic() < deadline:
+        for rank in list(left):
+            ended, status = os.waitpid(rank, os.WNOHANG)
+            if ended:
+                left.discard(rank)
+                if status:
+                    code, deadline = 1, min(deadline, time.monotonic() + GRACE)
+        time.sleep(0.02)
+    for rank in left:
+        os.kill(rank, signal.SIGKILL)
+    return code or bool(left)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 NOT_BY_LAYERS: dict[str, str] = {
     "XLORA": "its layers are LoRA's, whose adapters it loads from files and weights all at once",
+    "ADAPTION_PROMPT": "it adapts the attention modules of the types of model that it knows, whatever layers are in them",
 }
 """Method -> why it has no place here, though it adapts layers."""
 

@@ -17,18 +17,13 @@ from prompts import (
     continued_by_hand,
     decoded_by_hand,
     generate,
-    gpt2,
     llama,
     prompted,
     t5,
 )
-from transformers import (
-    BertModel,
-)
+from transformers import BertModel
 
-from peft import (
-    get_peft_model,
-)
+from peft import get_peft_model
 from peft.utils.caches import cache_argument
 
 pytestmark = pytest.mark.compat
@@ -52,7 +47,7 @@ class TestGeneration:
         model, inputs = prompted(make, "SEQ_2_SEQ_LM"), batch()
         assert torch.equal(generate(model, **inputs, **options), decoded_by_hand(model, **inputs))
 
-    @pytest.mark.parametrize("make", [llama, gpt2])
+    @pytest.mark.parametrize("make", DECODERS)
     def test_a_cache_of_fixed_size_has_room_for_the_prompt(self, make):
         model, inputs = prompted(make), batch()
         output = generate(model, **inputs, cache_implementation="static")

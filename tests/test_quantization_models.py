@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from matrix import output, same
-from quantized import all_same, is_close, merged_quietly, parts
+from quantized import all_same, is_close, merged_quietly, parts, unpacked
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -70,8 +70,10 @@ def form(request):
 
 
 def load(folder, form, cls=AutoModelForCausalLM, **options):
-    return cls.from_pretrained(
-        folder, quantization_config=FORMS[form][0](), device_map="cpu", dtype=torch.float32, **options
+    return unpacked(
+        cls.from_pretrained(
+            folder, quantization_config=FORMS[form][0](), device_map="cpu", dtype=torch.float32, **options
+        )
     )
 
 
@@ -82,6 +84,15 @@ def adapted(folder, form, config=None, **options):
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape) * 0.05)
     return model.eval()
+
+
+def dense_twin(folder, form):
+    """A model with the values that the quantised weights stand for."""
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for name, module in load(folder, form).named_modules():
+        if type(dense.get_submodule(name)) is torch.nn.Linear:
+            dense.get_submodule(name).weight.data = dequantize_module_weight(module).float()
+    return dense
 
 
 def logits(model, ids=IDS):
@@ -114,11 +125,7 @@ def test_all_linear_layers_are_adapted_in_their_form(folder, form):
 def test_its_output_is_that_of_a_model_with_the_same_values(folder, form, options, tmp_path):
     model = adapted(folder, form, **options)
     model.save_pretrained(tmp_path)
-    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for name, module in load(folder, form).named_modules():
-        if type(dense.get_submodule(name)) is torch.nn.Linear:
-            dense.get_submodule(name).weight.data = dequantize_module_weight(module).float()
-    expected = logits(PeftModel.from_pretrained(dense, tmp_path))
+    expected = logits(PeftModel.from_pretrained(dense_twin(folder, form), tmp_path))
     assert is_close(logits(model), expected, 0.03 if form == "8bit" else 1e-4)
     again = PeftModel.from_pretrained(load(folder, form), tmp_path)
     assert same(logits(again), logits(model))
@@ -166,7 +173,7 @@ def test_merging_is_undone_exactly_and_done_for_good_is_saved(folder, form, tmp_
     plain = model.merge_and_unload()
     assert same(logits(plain), merged) and not layers(plain)
     plain.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu", dtype=torch.float32)
+    again = unpacked(AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu", dtype=torch.float32))
     assert same(logits(again), merged)
 
 
@@ -239,9 +246,7 @@ def test_loftq_finds_weights_under_the_names_of_older_releases(tmp_path):
     pixels = torch.randn(4, 1, 8, 8)
     with torch.no_grad():
         exact = ViTForImageClassification.from_pretrained(tmp_path).eval()(pixel_values=pixels).logits
-        base = ViTForImageClassification.from_pretrained(
-            tmp_path, quantization_config=FORMS["4bit"][0](), device_map="cpu", dtype=torch.float32
-        )
+        base = load(tmp_path, "4bit", ViTForImageClassification)
         model = get_peft_model(base, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear")).eval()
         before = (model(pixel_values=pixels).logits - exact).norm()
         replace_lora_weights_loftq(model, tmp_path)
@@ -261,3 +266,85 @@ def test_the_adapter_computes_in_the_dtype_of_4_bits(folder, dtype, autocast):
     assert (
         output(model.base_model.model.model.layers[0].self_attn.q_proj, torch.ones(1, 64, dtype=dtype)).dtype == dtype
     )
+
+
+# ----------------------------------------------------------------------------------- methods that adapt no linear layers
+
+PROMPTS = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+OTHERS = {
+    "ADAPTION_PROMPT": lambda: peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=2),
+    "LN_TUNING": lambda: peft.LNTuningConfig(task_type="CAUSAL_LM"),
+    "PROMPT_TUNING": lambda: peft.PromptTuningConfig(**PROMPTS),
+    "P_TUNING": lambda: peft.PromptEncoderConfig(**PROMPTS, encoder_hidden_size=16),
+    "PREFIX_TUNING": lambda: peft.PrefixTuningConfig(**PROMPTS),
+}
+"""Method -> a configuration; the others are in `quantized.METHODS`, or of one of these families."""
+
+
+def start(model, name):
+    """An adapter that changes the output, the same at every call."""
+    torch.manual_seed(0)
+    model = get_peft_model(model, OTHERS[name]())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return model
+
+
+def loss_and_gradients(model):
+    loss = model.train()(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_method_that_adapts_other_modules(folder, form, name):
+    dense = dense_twin(folder, form)
+    loss, gradients = loss_and_gradients(start(load(folder, form), name))
+    expected, expected_gradients = loss_and_gradients(start(dense, name))
+    assert is_close(loss, expected, 1e-5) and gradients.keys() == expected_gradients.keys() and gradients
+    for key, gradient in expected_gradients.items():
+        largest = gradient.abs().max()
+        assert largest > 0 and is_close(gradients[key] / largest, gradient / largest, 1e-3), key
+
+
+def test_experts_of_xlora(folder, form, tmp_path):
+    paths = {}
+    for number in range(2):
+        torch.manual_seed(number)
+        expert = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+        paths[str(number)] = str(tmp_path / str(number))
+        get_peft_model(load(folder, form), expert).save_pretrained(paths[str(number)])
+    config = {
+        "task_type": "CAUSAL_LM",
+        "hidden_size": 64,
+        "adapters": paths,
+        "xlora_depth": 1,
+        "layerwise_scalings": True,
+    }
+    models = []
+    for base in (load(folder, form), dense_twin(folder, form)):
+        base.config.use_cache = False
+        torch.manual_seed(0)
+        models.append(get_peft_model(base, peft.XLoraConfig(**config)))
+    assert {type(layer).__name__ for layer in layers(models[0]).values()} == {FORMS[form][2]}
+    found = [loss_and_gradients(model) for model in models]
+    assert is_close(found[0][0], found[1][0], 1e-3)
+    for key, gradient in found[1][1].items():
+        largest = gradient.abs().max()
+        assert largest > 0 and is_close(found[0][1][key] / largest, gradient / largest, 0.1), key
+
+
+def test_no_method_is_left_out():
+    from quantized import METHODS
+
+    from peft.utils.registry import all_methods
+
+    families = {
+        peft.MultitaskPromptTuningConfig,
+        peft.CPTConfig,
+        peft.CartridgeConfig,
+    }  # of prompts, as those in OTHERS
+    known = {case.variant.method.config_cls for case in METHODS} | {type(make()) for make in OTHERS.values()}
+    assert {entry.config_cls for entry in all_methods().values()} == known | families | {peft.XLoraConfig}

@@ -4,7 +4,10 @@ Most are stand-ins with the layouts of the packages' layers (see `stand_ins`); t
 """
 
 import functools
+import importlib
 import importlib.util
+import tempfile
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -77,6 +80,24 @@ def neural_compressor_linear(linear: nn.Linear, optimum: bool) -> nn.Module:
     return layer
 
 
+def in_8_bit_floats(linear: nn.Linear, is_measuring: bool = False) -> nn.Module:
+    """A layer of Neural Compressor in 8-bit floating point, or one that measures for it what values come by."""
+    from neural_compressor.torch.quantization import FP8Config, convert, finalize_calibration, prepare
+
+    with tempfile.TemporaryDirectory() as folder:
+        # On a CPU, it computes with the values that codes stand for.
+        config = FP8Config(
+            fp8_config="E4M3", scale_method="maxabs_pow2", use_qdq=True, dump_stats_path=f"{folder}/measure"
+        )
+        net = prepare(nn.Sequential(linear).eval(), config)
+        if not is_measuring:
+            with torch.no_grad():
+                net(4 * X.to(linear.weight.dtype))
+            finalize_calibration(net)
+            net = convert(net)
+    return net[0].requires_grad_(False)
+
+
 FORMS = {
     "gptq": Form("gptq", "gptq", stand_ins.TorchLinear, can_write=False),
     "awq": Form("awq", "awq", stand_ins.AwqTorchLinear, can_write=False),
@@ -101,11 +122,10 @@ OF_PACKAGES = {
         # Its forward computes in half precision.
         Form("gptqmodel-awq", "awq", functools.partial(gptqmodel_linear, bits=4, awq=True), 3e-3, can_write=False),
     ],
-}
-ALL = {
-    **FORMS,
-    **{form.name: form for form in OTHER_FORMS},
-    **{form.name: form for forms in OF_PACKAGES.values() for form in forms},
+    "neural_compressor": [
+        Form("neural-compressor", "inc", in_8_bit_floats, 0.1, can_write=False),  # of activations, too
+        Form("inc-measuring", "inc", functools.partial(in_8_bit_floats, is_measuring=True), can_write=False),
+    ],
 }
 SOME = [case for case in METHODS if case.variant.name in ("LORA", "LORA-dora")]
 SOME_CHECKS = [  # which ask something of the layer's form
@@ -154,7 +174,8 @@ def test_the_weight_is_what_the_layer_multiplies_by(form):
     assert weight.shape == (OUT, IN) and not weight.requires_grad
     # Of a unit vector, the layer gives a column and the bias, so that nothing is rounded but their sum.
     x = torch.eye(IN, dtype=weight.dtype)
-    assert torch.equal(layer(x), F.linear(x, weight, layer.bias.to(weight.dtype)))
+    result = layer(x)
+    assert torch.equal(result, F.linear(x, weight) + layer.bias.to(result.dtype))
 
 
 @pytest.mark.skipif(not has("gptqmodel"), reason="the layers that are adapted here are of gptqmodel")
@@ -167,6 +188,83 @@ def test_gptqmodel_gets_the_same_weight(bits):
     layer = gptqmodel_linear(linear(), bits, awq=True)
     expected = dequantize_gemm(layer.qweight, layer.qzeros, layer.scales, bits, 16).T
     assert torch.equal(dense_weight(layer), expected)
+
+
+CPU_KERNELS = {
+    "aten": ("gptqmodel.nn_modules.qlinear.torch_aten_kernel", "TorchAtenLinear", 4),
+    "int8": ("gptqmodel.nn_modules.qlinear.torch_int8", "TorchInt8Linear", 8),
+    "fused-awq": ("gptqmodel.nn_modules.qlinear.torch_fused_awq", "TorchFusedAwqLinear", 4),
+}
+
+
+def cpu_kernel(name: str, bias: bool = True) -> tuple[nn.Module, torch.Tensor]:
+    """A layer of GPTQModel with one of its kernels for CPUs, and its weight (out, in)."""
+    module, cls, bits = CPU_KERNELS[name]
+    stand_in = (stand_ins.AwqTorchLinear if "awq" in name else stand_ins.TorchLinear)(linear(), bits, 32)
+    layer = getattr(importlib.import_module(module), cls)(
+        bits=bits, group_size=32, sym=False, desc_act=False, in_features=IN, out_features=OUT, bias=bias,
+        register_buffers=True,
+    )  # fmt: skip
+    layer.load_state_dict(stand_in.state_dict(), strict=False)
+    layer.optimized = True
+    layer.post_init()
+    return layer.eval(), stand_in.dense().T
+
+
+@pytest.mark.skipif(not has("gptqmodel"), reason="the layers that are adapted here are of gptqmodel")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", CPU_KERNELS)
+def test_kernels_of_gptqmodel_for_cpus_are_read_and_left_as_they_are(name, bias):
+    layer, dense = cpu_kernel(name, bias)
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    for _ in range(2):
+        assert is_close(dense_weight(layer).float(), dense.float(), 0.003)
+        assert getattr(layer, "linear_mode", None) is None
+        assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+
+
+@pytest.mark.skipif(not has("gptqmodel"), reason="the layers that are adapted here are of gptqmodel")
+@pytest.mark.parametrize("name", ["aten", "fused-awq"])
+def test_a_kernel_of_gptqmodel_that_settles_at_the_first_call_settles_for_training(name):
+    layer, dense = cpu_kernel(name)
+    model = get_peft_model(nn.Sequential(layer), LoraConfig(target_modules=["0"], init_lora_weights=False)).eval()
+    x = X.half().requires_grad_(True)
+    with torch.no_grad():
+        result = model(x.detach())
+    assert layer.linear_mode == "train"
+    model.train()(x).sum().backward()
+    delta = layer_of(model).get_delta_weight("default")
+    assert is_close(x.grad.float(), (dense.float() + delta).sum(0).expand(5, IN), 0.01)
+    assert is_close(result.float(), F.linear(X, dense.float() + delta, layer.bias.float()), 0.01)
+
+
+@pytest.mark.stand_in
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_a_kernel_settles_for_training_when_an_adapter_is_added(name):
+    layer = FORMS[name].quantise(linear())
+    layer.linear_mode = None
+    for inference_mode, settled in ((True, None), (False, "train")):
+        get_peft_model(nn.Sequential(layer), LoraConfig(target_modules=["0"], inference_mode=inference_mode))
+        assert layer.linear_mode == settled
+    layer.linear_mode = "inference"
+    get_peft_model(nn.Sequential(layer), LoraConfig(target_modules=["0"], inference_mode=True))
+    with pytest.warns(peft.utils.warning.PeftWarning, match="0: this .*Linear was called in eval mode before"):
+        get_peft_model(nn.Sequential(layer), LoraConfig(target_modules=["0"]))
+
+
+@pytest.mark.skipif(not has("gptqmodel"), reason="the layers that are adapted here are of gptqmodel")
+@pytest.mark.parametrize("inference_mode", [True, False])
+def test_a_kernel_of_gptqmodel_that_has_settled_for_inference_says_so(inference_mode):
+    layer, _ = cpu_kernel("aten")
+    with torch.no_grad():
+        layer(X.bfloat16())
+    assert layer.linear_mode == "inference"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        get_peft_model(nn.Sequential(layer), LoraConfig(target_modules=["0"], inference_mode=inference_mode))
+    found = [str(warning.message) for warning in caught if "no gradient goes through it" in str(warning.message)]
+    assert bool(found) != inference_mode
+    assert all(message.startswith("0: this TorchAtenLinear was called in eval mode") for message in found)
 
 
 @pytest.mark.stand_in
@@ -469,6 +567,32 @@ def test_qalora_goes_with_no_other_variant():
     with pytest.raises(ValueError, match="0 does not support use_qalora with use_dora"):
         get_peft_model(net, config)
     assert type(net[0]) is stand_ins.TorchLinear
+
+
+@pytest.mark.parametrize("form", [pytest.param(FORMS["gptq"], marks=pytest.mark.stand_in, id="gptq"), *REAL[1:3]])
+def test_qalora_changes_zero_points_alone(form, tmp_path):
+    layer = form.quantise(linear())
+    weight, scales = dense_weight(layer).float(), layer.scales.float()
+    config = LoraConfig(r=4, target_modules=["0"], use_qalora=True, qalora_group_size=16, init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(layer), config)
+    adapter = layer_of(model)
+    A, B = (factor["default"].weight for factor in (adapter.lora_A, adapter.lora_B))
+    assert type(adapter) is GPTQLoraLinear and A.shape == (4, IN // 16)
+    x = X.clone().requires_grad_(True)
+    result = model(x)
+    # Each group's sum of inputs comes in once for each output, which is what another zero point would do.
+    update = (B @ A * adapter.scaling["default"] * (IN // 16) / 16).repeat_interleave(16, 1)
+    zeros = update[:, ::16].T / scales
+    torch.testing.assert_close(update, (scales * zeros).T.repeat_interleave(16, 1))
+    torch.testing.assert_close(result, F.linear(X, weight + update, layer.bias.float()), atol=2e-5, rtol=1e-4)
+    result.sum().backward()
+    torch.testing.assert_close(x.grad, (weight + update).sum(0).expand(5, IN), atol=2e-5, rtol=1e-4)
+    assert A.grad.any() and B.grad.any()
+    with pytest.raises(NotImplementedError, match="acts on means of inputs and has no merged weight"):
+        model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(nn.Sequential(form.quantise(linear())), tmp_path)
+    assert torch.equal(again(X), result)
 
 
 @pytest.mark.skipif(not has("gptqmodel"), reason="the layers that are adapted here are of gptqmodel")

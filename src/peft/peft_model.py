@@ -47,7 +47,7 @@ from .utils.training import may_use_checkpointing, require_input_grads
 def warn_about_prefix(config: PeftConfig, adapter_name: str) -> None:
     """Warn if an adapter's name is part of what its parameters' names start with."""
     prefix = method(config.peft_type).prefix
-    if adapter_name in prefix:
+    if adapter_name in prefix and not config.is_prompt_learning:  # whose parameters' names have no prefix
         warnings.warn(
             f"The adapter name {adapter_name!r} is part of the prefix {prefix!r} of its parameters' names; tools that look "
             "for it in these names will find it everywhere. Choose another one."

@@ -40,6 +40,10 @@ INPUT = Stack("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 DECODER = Stack("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "decoder_position_ids")
 
 
+COUNTED_BY_MASK = ("opt",)
+"""Types of model whose forward gives padding no positions, by a mask of two dimensions."""
+
+
 class PromptInputs:
     """The inputs of a model with its active prompt in them.
 
@@ -255,7 +259,7 @@ class PromptInputs:
         if length != 0:
             _widen(arguments, stack.mask, extra)
             _number(arguments, before=length, new=new)
-            return _without_positions(prepare(input_ids, **arguments), stack)
+            return self._renumbered(prepare(input_ids, **arguments), arguments, stack, length or 0)
         prompt = self.prompts.embeddings(len(input_ids), task_ids)[:, -extra:]
         arguments[stack.ids] = input_ids
         self._put_before(arguments, stack, prompt)
@@ -263,8 +267,23 @@ class PromptInputs:
         _number(arguments, before=0, new=embeds.shape[1])
         if stack is DECODER:  # whose embeddings the base model's preparation does not look at, only at how many ids
             input_ids = input_ids.new_zeros(embeds.shape[:2])
-        inputs = _without_positions(prepare(input_ids, **arguments), stack)
+        inputs = self._renumbered(prepare(input_ids, **arguments), arguments, stack, 0)
         return {**inputs, stack.ids: None, stack.embeds: embeds}
+
+    def _renumbered(self, inputs: Arguments, arguments: Arguments, stack: Stack, before: int) -> Arguments:
+        """A step's inputs without positions, which did not count virtual tokens: the model counts by itself.
+
+        Args:
+            inputs: what the base model prepared.
+            arguments: what from. For a cache of fixed size, the mask in `inputs` is one that cannot be counted by.
+            stack: which inputs.
+            before: how many tokens come before them, virtual ones included.
+        """
+        inputs = {name: value for name, value in inputs.items() if name not in (stack.positions, "cache_position")}
+        mask = arguments.get(stack.mask)
+        if mask is not None and getattr(self.model.base_model.config, "model_type", None) in COUNTED_BY_MASK:
+            inputs[stack.positions] = (mask.cumsum(-1) * mask - 1)[:, before:]
+        return inputs
 
 
 def _widen(arguments: Arguments, name: str, tokens: int) -> None:
@@ -328,7 +347,3 @@ def _number(arguments: Arguments, before: int | None, new: int | None) -> None:
         arguments["cache_position"] = torch.arange(
             before, before + (new if known else len(places)), device=places.device
         )
-
-
-def _without_positions(inputs: Arguments, stack: Stack) -> Arguments:
-    return {name: value for name, value in inputs.items() if name not in (stack.positions, "cache_position")}

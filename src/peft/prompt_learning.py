@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .engine.additional import set_additional_trainable_modules
+from .engine.backends import make_trainable
 from .engine.encoders import BasePromptEncoder, PromptEncoders
 from .engine.injection import Injection, adopt
 from .engine.lifecycle import AdapterHolder, holders_of, set_trains
@@ -55,7 +56,8 @@ class PromptLearning:
     @property
     def encoders(self) -> PromptEncoders:
         """The encoders by adapter name."""
-        return getattr(self.model, ENCODERS)
+        encoders = getattr(self.model, ENCODERS)
+        return encoders._modules.get("_orig_mod", encoders)  # accelerate's regional compilation wraps them
 
     @property
     def in_use(self) -> bool:
@@ -164,6 +166,8 @@ class PromptLearning:
         """
         for holder in self.holders():
             holder.activate([adapter_name], inference_mode)
+        if not inference_mode:
+            make_trainable(self.model.base_model)
 
     def delete(self, adapter_name: str) -> None:
         """Remove a prompt with all its weights; if it was active, the one that was added first takes its place.

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from workers.recipes import (
     BIASED,
     PROMPTS,
+    QUICK,
     RECIPES,
     adapted,
     all_values,
@@ -50,6 +51,15 @@ def used(model: nn.Module) -> nn.Module:
     """The model itself, with its root left whole by a forward."""
     logits_of(model)
     return model
+
+
+def quick(folder: Path) -> list[str]:
+    """The plainest of it; returns what was trained."""
+    for recipe in QUICK:
+        trained_saved_and_loaded(recipe, folder / recipe.replace(" ", "_"))
+    switched("copies")
+    merged("copies")
+    return list(QUICK)
 
 
 def everything(folder: Path) -> list[str]:

@@ -58,6 +58,8 @@ RECIPES: dict[str, Recipe] = {
     "prefix": (llama, lambda: prompt(peft.PrefixTuningConfig)),
 }
 
+QUICK = ("copies", "token rows", "prompt")
+"""What the short tests train: factors, copies, rows of a table, and a prompt."""
 BIASED = ("own biases", "all biases")
 PROMPTS = ("prompt", "prefix")
 

@@ -182,9 +182,9 @@ def _references(model: nn.Module, target: nn.Module) -> list[tuple[nn.Module, st
 
 
 def _take_out_of_wrapper(wrapper: AuxiliaryTrainingWrapper, adapter_name: str) -> None:
-    wrapper._drop(adapter_name)
+    wrapper.forget(adapter_name)
     wrapper.roster.leave(adapter_name, wrapper._label)
-    wrapper.refresh()
+    wrapper.refresh(())
 
 
 def _set_trainable(

@@ -321,6 +321,10 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
             self.token_adapter.refresh()
         self._mirror()
 
+    def forget(self, adapter_name: str) -> None:
+        self.token_adapter.forget(adapter_name)
+        self._mirror()
+
     def refresh(self, adapter_names: Any = None) -> None:
         self.token_adapter.refresh(adapter_names)
         self._mirror()

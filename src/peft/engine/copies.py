@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..utils.integrations import gather_params_ctx
 from .backends import QuantizationBackend, resolve_quantization_backend
 from .backends.dense import with_dense_weights
 from .layer import BaseTunerLayer, check_adapters_to_merge
@@ -201,10 +200,9 @@ class ModuleCopies(BaseTunerLayer):
 
 
 def _copy_of(original: nn.Module) -> nn.Module:
-    sharded = [p for p in original.parameters() if p.numel() == 0 and hasattr(p, "ds_numel")]
     # Hooks stay out of it: one that offloads weights holds those of the whole model.
     hooks = [module.__dict__["_hf_hook"] for module in original.modules() if "_hf_hook" in module.__dict__]
-    with gather_params_ctx(sharded), onload_layer(original, store=False):
+    with onload_layer(original, store=False):
         duplicate = copy.deepcopy(original, {id(hook): hook for hook in hooks})
     for theirs, ours in zip(original.modules(), duplicate.modules()):
         _renew_hook(theirs, ours)

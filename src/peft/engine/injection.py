@@ -16,6 +16,7 @@ from ..utils.constants import DUMMY_MODEL_CONFIG, DUMMY_TARGET_MODULES
 from ..utils.error import NoMatchingPeftModuleError
 from ..utils.field_types import check_numbers
 from .additional import set_additional_trainable_modules
+from .backends import make_trainable
 from .layer import deferred_parameters, note_shared_weights
 from .lifecycle import AdapterHolder, Roster, holders_of, modules_of, set_trains
 from .matching import (
@@ -106,16 +107,21 @@ class Injection:
         with Undo() as undo, collection_paused():
             before = dict(holders_of(self.model))
             roster = next(iter(before.values())).roster if before else Roster()
+            undo.push(
+                _forget, roster, {name: set(labels) for name, labels in roster.holders.items()}, set(roster.exclusive)
+            )
             if not before:
                 self._freeze_base(undo)
             with deferred_parameters(self.low_cpu_mem_usage):
                 self._place(undo)
             self._check_outcome()
-            self._join(before, roster, undo)
+            self._join(before, roster)
             wrappers = set_additional_trainable_modules(
                 self.model, config, model_config, self.adapter_name, roster=roster, undo=undo
             )
             self._activate(before, wrappers, roster)
+            if not config.inference_mode:
+                make_trainable(self.model)
         self._report()
         if self.sharded:
             warn_if_trained(self.adapter_name, config)
@@ -345,9 +351,8 @@ class Injection:
             if pattern not in used and not any(get_pattern_key([pattern], name) == pattern for name in names):
                 warnings.warn(f"{attribute}: {pattern!r} matches none of the targeted modules.", RuntimeWarning)
 
-    def _join(self, before: dict[str, AdapterHolder], roster: Roster, undo: Undo) -> None:
+    def _join(self, before: dict[str, AdapterHolder], roster: Roster) -> None:
         """Let new layers share the roster, and take the state of the layers there already."""
-        undo.push(_forget, roster, dict(roster.holders), set(roster.exclusive))
         known = set(map(id, before.values()))
         peer = next(iter(before.values()), None)
         note_shared_weights(self.model, self.placed.values())
@@ -410,11 +415,9 @@ def _set_all(parameters: list[nn.Parameter], flag: bool) -> None:
 
 
 def _take_out(holder: AdapterHolder, adapter_name: str) -> None:
-    holder._drop(adapter_name)
-    holder._inference -= {adapter_name}
-    holder.refresh()
+    holder.forget(adapter_name)
+    holder.refresh(())  # the flags of other adapters are as they were
 
 
 def _forget(roster: Roster, holders: dict[str, set[str]], exclusive: set[str]) -> None:
-    roster.holders = {name: set(labels) for name, labels in holders.items()}
-    roster.exclusive = exclusive
+    roster.holders, roster.exclusive = holders, exclusive

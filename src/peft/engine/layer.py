@@ -120,6 +120,11 @@ class AdapterLayer(BaseTunerLayer):
         elif adapter_name not in self.active_adapters:  # otherwise parameters are as they are made: they train
             self.refresh([adapter_name])
 
+    def activate(self, adapter_names: list[str], inference_mode: bool = False) -> None:
+        super().activate(adapter_names, inference_mode)
+        if adapter_names and not inference_mode and self.quantization_backend is not None:
+            self.quantization_backend.make_trainable(self.get_base_layer(), self._label)
+
     # ---------------------------------------------------------------------------------------------------------- forward
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

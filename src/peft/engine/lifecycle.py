@@ -457,14 +457,27 @@ class AdapterHolder:
                 self.unmerge()
         if was_active and active and active != [n for n in self.active_adapters if n != adapter_name]:
             warnings.warn(f"The active adapter {adapter_name!r} was deleted; {active[0]!r} becomes the active one.")
-        self._drop(adapter_name)
+        succeeding = set(active).difference(self.active_adapters)
+        self.forget(adapter_name)
         self.roster.leave(adapter_name, self._label)
+        if was_active:
+            self._active_adapter = active
+        self._flags_before_disabling = {
+            key: flag for key, flag in (self._flags_before_disabling or {}).items() if key[0] not in succeeding
+        } or None
+        self.refresh(succeeding)
+
+    def forget(self, adapter_name: str) -> None:
+        """Drop all that this module has of an adapter, the active one or not; `refresh` is yet to be called."""
+        self._drop(adapter_name)
         self._inference -= {adapter_name}
         self._trains_bias_of -= {adapter_name}
         self.frozen_peft_weight_names = {k: v for k, v in self.frozen_peft_weight_names.items() if k != adapter_name}
-        if was_active:
-            self._active_adapter = active
-        self.refresh()
+        flags, merged = self._flags_before_disabling, self._merged_before_disabling
+        self._flags_before_disabling = flags and {key: flag for key, flag in flags.items() if key[0] != adapter_name}
+        if merged is not None and adapter_name in merged[0]:
+            names = tuple(name for name in merged[0] if name != adapter_name)
+            self._merged_before_disabling = (names, merged[1]) if names else None
 
     def _drop(self, adapter_name: str) -> None:
         for attribute in self.adapter_layer_names + self.other_param_names:

@@ -178,10 +178,13 @@ def check_target_module_exists(config: Any, key: str) -> bool | _ExcludedModule:
 
 def without_hits(entries: NameSet, names: Iterable[str]) -> list[str]:
     """A line for each entry that selected nothing, with the nearest names there are."""
+    names = list(names)
     leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
     lines = []
     for entry, count in entries.hits.items():
-        if count == 0:
+        if count == 0 and entries.pattern and any(is_suffix(name, entry) for name in names):
+            lines.append(f"{entry!r} (a string is a regular expression for whole names; for their ends, pass [{entry!r}])")
+        elif count == 0:
             near = near_misses(entry.rsplit(".", 1)[-1], leaves)
             lines.append(f"{entry!r}" + (f" (nearest: {', '.join(near)})" if near else ""))
     return lines

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .backends import make_trainable
 from .lifecycle import AdapterHolder, Roster, as_names, belongs_to_adapter, holders_of, set_trains
 from .protocol import BaseTunerLayer
 from .sharding import check_deletable, reshard
@@ -38,6 +39,8 @@ def set_adapter(
     for holder in holders:
         holder.activate(names, inference_mode)
     refresh_biases(model, configs, names, enabled=not inference_mode)
+    if not inference_mode:
+        make_trainable(model)
 
 
 def _selected(model: nn.Module, layer_cls: type) -> list[AdapterHolder]:

@@ -1,4 +1,4 @@
-"""Models whose parameters are spread over processes (`DTensor`s): by FSDP2's `fully_shard`, or by tensor parallelism.
+"""Models whose parameters are spread over processes: by FSDP2 or tensor parallelism (`DTensor`s), FSDP1, or ZeRO-3.
 
 What is done here, all processes do together.
 """
@@ -168,13 +168,66 @@ def gathered(module: nn.Module, store: bool = False) -> Iterator[None]:
         module: any module; one at a time, so that no more than its parameters need memory.
         store: whether what is changed about their values stays.
     """
-    if is_flattened(module):
-        from torch.distributed.fsdp import FullyShardedDataParallel
-
-        with FullyShardedDataParallel.summon_full_params(module, writeback=store):
+    if not several_processes():
+        yield
+    elif is_flattened(module):
+        with _unflattened(module, store):
             yield
+    else:
+        with partitions_gathered(module.parameters(), store), _whole_in_place(module, store):
+            yield
+
+
+@contextmanager
+def _unflattened(module: nn.Module, store: bool) -> Iterator[None]:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    units = [unit for unit in module.modules() if FLATTENED in unit._modules]
+    with FullyShardedDataParallel.summon_full_params(module, writeback=store):
+        for unit in units:  # a unit that is called flattens its parameters again
+            unit.__dict__["forward"] = unit._modules[FLATTENED]
+        try:
+            yield
+        finally:
+            for unit in units:
+                del unit.__dict__["forward"]
+
+
+def is_partitioned(tensor: torch.Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 keeps a parameter, which has no elements itself while nobody uses it."""
+    return hasattr(tensor, "ds_id")
+
+
+@contextmanager
+def partitions_gathered(tensors: Iterable[torch.Tensor], store: bool = False) -> Iterator[None]:
+    """Within it, parameters that ZeRO-3 has partitioned are whole; others may be among them.
+
+    Args:
+        tensors: parameters and other tensors; none for which this is done already.
+        store: whether the values that the first process gives them stay.
+    """
+    partitioned = [tensor for tensor in tensors if is_partitioned(tensor)]
+    if not partitioned:
+        yield
         return
-    spread = list(_spread_parameters(module)) if several_processes() else []
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if store else None):
+        yield
+
+
+def whole_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """All of some tensors, without their gradients; of those that are partitioned, copies."""
+    with partitions_gathered(tensors.values()):
+        return {
+            key: tensor.detach().clone() if is_partitioned(tensor) else whole(tensor.detach())
+            for key, tensor in tensors.items()
+        }
+
+
+@contextmanager
+def _whole_in_place(module: nn.Module, store: bool) -> Iterator[None]:
+    spread = list(_spread_parameters(module))
     made: dict[int, nn.Parameter] = {}
     for owner, name, parameter in spread:
         if id(parameter) not in made:

@@ -20,7 +20,7 @@ from ..utils.tensors import is_spread, spread_like, whole
 from .auxiliary import AuxiliaryTrainingWrapper
 from .layer import BaseTunerLayer
 from .lifecycle import Entry, belongs_to_adapter, holders_of
-from .sharding import is_flattened, reshard, without_wrappers
+from .sharding import is_flattened, partitions_gathered, reshard, whole_tensors, without_wrappers
 
 BASE_PREFIX = "base_model.model."
 
@@ -121,17 +121,16 @@ class AdapterState:
         if state_dict is None and _needs_state_dict(self.model):
             state_dict = self.model.state_dict()
         if state_dict is None:
-            state = {slot.saved: slot.entry.tensor.detach() for slot in self.slots.values()}
+            state = {slot.saved: slot.entry.tensor for slot in self.slots.values()}
         else:
             state_dict = {without_wrappers(key): value for key, value in state_dict.items()}
             names = {slot.saved: without_wrappers(slot.live) for slot in self.slots.values()}
             state = {saved: state_dict[live] for saved, live in names.items() if live in state_dict}
-            state |= {key: slot.entry.tensor.detach() for key, slot in self.slots.items() if slot.entry.outside}
+            state |= {key: slot.entry.tensor for key, slot in self.slots.items() if slot.entry.outside}
         biases = {without_wrappers(name): bias for name, bias in self._biases().items()}
         if state_dict is not None:
             biases = {name: state_dict[name] for name in biases if name in state_dict}
-        state = {key: whole(value) for key, value in (state | biases).items()}
-        return self._hook("adapter_state_to_save", state)
+        return self._hook("adapter_state_to_save", whole_tensors(state | biases))
 
     def _biases(self) -> dict[str, torch.Tensor]:
         bias = getattr(self.config, "bias", "none")
@@ -141,13 +140,13 @@ class AdapterState:
         if bias == "all":
             for name, parameter in self.model.named_parameters():
                 if name.rsplit(".", 1)[-1] == "bias" and not belongs_to_adapter(self.model, name):
-                    found[name] = parameter.detach()
+                    found[name] = parameter
             return found
         for name, holder in holders_of(self.model):
             if self.adapter_name in holder._get_available_adapters() and not holder.exclusive:
                 base_bias = getattr(holder.base_layer, "bias", None)
                 if torch.is_tensor(base_bias):
-                    found[f"{name}.base_layer.bias"] = base_bias.detach()
+                    found[f"{name}.base_layer.bias"] = base_bias
         return found
 
     def _hook(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -176,6 +175,12 @@ class AdapterState:
         state = self._hook("adapter_state_to_load", state)
         if is_flattened(self.model):
             return self._write_flattened(state)
+        targets = [slot.entry.tensor for key, slot in self.slots.items() if key in state]
+        targets += [tensor for tensor in (_tensor_called(self.model, key) for key in state) if tensor is not None]
+        with partitions_gathered(targets, store=True):
+            return self._write(state, ignore_mismatched_sizes, assign)
+
+    def _write(self, state: dict[str, torch.Tensor], ignore_mismatched_sizes: bool, assign: bool) -> LoadResult:
         plan = {key: (slot, state[key]) for key, slot in self.slots.items() if key in state}
         extra = {key: value for key, value in state.items() if key not in self.slots}
         base, unexpected = self._base_tensors(extra)
@@ -238,7 +243,7 @@ class AdapterState:
         for group, current in ((plan, lambda item: item.entry.tensor), (base, lambda item: item)):
             for key in list(group):
                 expected, found = current(group[key][0]).shape, group[key][1].shape
-                if expected != found and not _packed_4bit(expected, found):
+                if expected != found:
                     wrong.append((key, tuple(expected), tuple(found)))
                     if ignore:
                         del group[key]
@@ -270,10 +275,6 @@ def _tensor_called(model: nn.Module, key: str) -> torch.Tensor | None:
         if module is None:
             return None
     return module._parameters.get(attribute, module._buffers.get(attribute))
-
-
-def _packed_4bit(expected: torch.Size, found: torch.Size) -> bool:
-    return bool(expected) and expected[-1] == 1 and expected.numel() * 2 == found.numel()
 
 
 def check_dtype(key: str, value: torch.Tensor, expected: torch.dtype) -> None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..utils.forwarding import ForwardsAttributes
 from ..utils.naming import check_adapter_name
 from ..utils.registry import METHODS
-from .backends import QuantizationBackend, resolve_quantization_backend
+from .backends import QuantizationBackend, make_trainable, resolve_quantization_backend
 from .calls import MixedBatch
 from .injection import AdapterConfigs, Injection
 from .kinds import kind_of
@@ -278,7 +278,14 @@ class BaseTuner(ForwardsAttributes, nn.Module):
         Raises:
             NoMatchingPeftModuleError: nothing was selected. Whatever is raised, the model is as it was.
         """
-        Injection(self, model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict).run()
+        with Undo() as undo:
+            undo.push(self._set_structure, list(self.targeted_module_names), list(self.targeted_parameter_names))
+            Injection(self, model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict).run()
+        self.__dict__.pop("_holders", None)
+
+    def _set_structure(self, modules: list[str], parameters: list[str]) -> None:
+        """Go back to what was targeted; which layers there are is found out anew."""
+        self.targeted_module_names, self.targeted_parameter_names = modules, parameters
         self.__dict__.pop("_holders", None)
 
     # ------------------------------------------------------------------------------------------------------ all the layers
@@ -311,6 +318,8 @@ class BaseTuner(ForwardsAttributes, nn.Module):
             holder.activate(names, inference_mode)
         self.active_adapter = adapter_name
         refresh_biases(self.model, self.peft_config, names, enabled=not inference_mode)
+        if not inference_mode:
+            make_trainable(self.model)
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Set the flag of all weights of these adapters by hand."""

@@ -11,7 +11,10 @@ _running: ContextVar[Undo | None] = ContextVar("running", default=None)
 
 
 class Undo:
-    """A context in which each change leaves word how to take it back; an exception takes back all, latest first."""
+    """A context in which each change leaves word how to take it back; an exception takes back all, latest first.
+
+    Within another one, what succeeds is still taken back if the other one fails.
+    """
 
     def __init__(self) -> None:
         self._steps: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
@@ -35,6 +38,7 @@ class Undo:
             for step, args in reversed(self._steps):
                 step(*args)
         elif self._around is not None:
+            self._around._steps += self._steps
             self._around._last += last
         else:
             for step, args in last:

@@ -7,6 +7,7 @@ import difflib
 import enum
 import functools
 import inspect
+import operator
 import reprlib
 import sys
 import types
@@ -52,9 +53,10 @@ def _problem_inside(hint: Any, value: Any) -> str | None:
 
 
 def check_numbers(config: Any) -> None:
-    """Raise unless the fields of a configuration that are numbers, and its patterns' values, can be calculated with.
+    """Make the numbers of a configuration plain ones, in place, and raise unless all can be calculated with.
 
-    Values of types that no file has, such as numpy's, are left to those who use them.
+    What training scripts have in the place of a number is taken as what it means: numbers of numpy and torch, their
+    arrays where a list is asked for, a whole number that is written 8.0, and False for 0.
 
     Args:
         config: a configuration, from a file or made by hand, or one nested in it.
@@ -67,43 +69,79 @@ def check_numbers(config: Any) -> None:
         value = getattr(config, entry.name, None)
         if dataclasses.is_dataclass(value):
             check_numbers(value)
-        problem = _unusable_number(cls, entry.name, value)
-        if problem is None and isinstance(value, str | list | dict) and _only_numbers(_hints(cls)[entry.name]):
-            problem = f"expected {_words(_hints(cls)[entry.name])}, found {type(value).__name__} {_brief.repr(value)}."
-        if problem:
-            raise ConfigValueError(f"{cls.__name__}: field {entry.name!r}: {problem}")
+        elif value is not None and _is_numeric(cls, entry.name):
+            value = _plain(value, _is_whole(cls, entry.name))
+            problem = type_problem(cls, entry.name, value)
+            if problem:
+                raise ConfigValueError(f"{cls.__name__}: field {entry.name!r}: {problem}")
+            setattr(config, entry.name, value)
     for name in getattr(cls, "module_patterns", ()):
-        _check_pattern_values(config, name)
+        if getattr(config, name, None) is not None:
+            setattr(config, name, _checked_pattern(cls, name, getattr(config, name)))
 
 
-def _check_pattern_values(config: Any, name: str) -> None:
-    whole = name not in config.fractional
-    for pattern, value in (getattr(config, name, None) or {}).items():
-        if isinstance(value, str | list | dict | type(None)) or _no_number(value, whole):
+def _checked_pattern(cls: type, name: str, patterns: Any) -> Mapping:
+    if not isinstance(patterns, Mapping):
+        raise ConfigValueError(f"{cls.__name__}: field {name!r}: expected dict, found {_brief.repr(patterns)}.")
+    whole = name not in cls.fractional
+    patterns = _plain(patterns, whole)
+    for pattern, value in patterns.items():
+        if not isinstance(value, int | float) or _no_number(value, whole):
             raise ConfigValueError(
-                f"{type(config).__name__}: field {name!r}: expected a {'whole ' if whole else ''}number for {pattern!r}, "
-                f"found {_brief.repr(value)}."
+                f"{cls.__name__}: field {name!r}: expected a {'whole ' if whole else ''}number for {pattern!r}, found "
+                f"{_brief.repr(value)}."
             )
+    return patterns
 
 
-def _only_numbers(hint: Any) -> bool:
-    options = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return bool({int, float} & set(options)) and set(options) <= {int, float, type(None)}
+def _plain(value: Any, whole: bool) -> Any:
+    """A number, or a collection of numbers, in Python's own types; the same object if it is that already."""
+    if isinstance(value, Mapping):
+        items = {key: _plain(item, whole) for key, item in value.items()}
+        return value if all(items[key] is item for key, item in value.items()) else items
+    if isinstance(value, _SEQUENCES):
+        items = [_plain(item, whole) for item in value]
+        return value if all(map(operator.is_, items, value)) else type(value)(items)
+    if isinstance(value, range):
+        return list(value)
+    if hasattr(value, "tolist"):  # of numpy or torch
+        return _plain(value.tolist(), whole)
+    if isinstance(value, bool) or (whole and isinstance(value, float) and value.is_integer()):
+        return int(value)
+    return value
+
+
+def _is_numeric(config_cls: type, name: str) -> bool:
+    return bool({int, float} & set(_parts(_hints(config_cls).get(name, Any))))
+
+
+def _is_whole(config_cls: type, name: str) -> bool:
+    fractional = getattr(config_cls, "fractional", ())
+    return float not in set(_parts(_hints(config_cls).get(name, Any))) and name not in fractional
 
 
 def _unusable_number(config_cls: type, name: str, value: Any) -> str | None:
-    """What is wrong with a field's number or list of numbers, or None; also for what is neither."""
-    options = set(_parts(_hints(config_cls).get(name, Any)))
-    if not options & {int, float}:
+    """What is wrong with a field's number or one of its numbers, or None; also for what is neither."""
+    if not _is_numeric(config_cls, name):
         return None
-    whole = float not in options and name not in getattr(config_cls, "fractional", ())
-    for number in value if isinstance(value, list) else [value]:
+    whole = _is_whole(config_cls, name)
+    for number in _numbers_in(value):
         problem = _no_number(number, whole)
-        if name.endswith("dropout") and isinstance(number, int | float) and not 0 <= number <= 1:
+        if name.endswith("dropout") and not 0 <= number <= 1:
             problem = "a probability"
         if problem:
             return f"expected {problem}, found {_brief.repr(number)}."
     return None
+
+
+def _numbers_in(value: Any) -> Iterator[int | float]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, _SEQUENCES):
+        for item in value:
+            yield from _numbers_in(item)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
 
 
 def _parts(hint: Any) -> Iterator[Any]:
@@ -113,13 +151,11 @@ def _parts(hint: Any) -> Iterator[Any]:
         yield from _parts(argument)
 
 
-def _no_number(value: Any, whole: bool) -> str | None:
+def _no_number(value: int | float, whole: bool) -> str | None:
     """What was expected instead of a number, None if it is what it should be."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
     if not _is_finite(value):
         return "a finite number"
-    return "a whole number" if whole and isinstance(value, float) else None
+    return "a whole number" if whole and isinstance(value, float) and not value.is_integer() else None
 
 
 @functools.cache

@@ -92,15 +92,32 @@ def dequantize_4bit_blocks(codes: torch.Tensor, state: Any) -> torch.Tensor:
         codes: as the parameter holds them.
         state: its `quant_state`.
     """
-    from bitsandbytes import functional
+    from bitsandbytes.functional import dequantize_4bit
 
     if getattr(state, "packing_format_for_cpu", False):
-        # In another order, for a kernel of some CPUs, and with scales in bfloat16 for each block of a row.
-        scales, state = state.absmax, copy.copy(state)
-        state.original_nested = False
-        codes, state = functional._convert_weight_packed_for_cpu_inverse(codes, state)
-        state.absmax = scales.T.reshape(-1).float()
-    return functional.dequantize_4bit(codes, state)
+        codes, state = bnb_4bit_in_order(codes, state)
+    return dequantize_4bit(codes, state)
+
+
+def bnb_4bit_in_order(codes: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+    """4-bit codes that bitsandbytes has packed for a kernel of some CPUs, in their ordinary order again.
+
+    Packing has rounded the scales to bfloat16, and taken them out of nested quantisation; they stay as they are.
+
+    Args:
+        codes: (out, in / 2), as the parameter holds them.
+        state: its `quant_state`.
+
+    Returns:
+        New codes in the shape and type that they had before, and a new state for them.
+    """
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    scales, state = state.absmax, copy.copy(state)
+    state.original_nested = False  # otherwise the scales were quantised, and rounded, once more
+    codes, state = _convert_weight_packed_for_cpu_inverse(codes, state)
+    state.absmax = scales.T.reshape(-1).float()
+    return codes, state
 
 
 def dequantize_int8_rows(weight: nn.Parameter, state: Any = None) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..engine.backends import make_trainable
 from ..engine.encoders import BasePromptEncoder
 from .registry import all_methods
 
@@ -42,6 +43,7 @@ def prepare_model_for_kbit_training(
     method = getattr(model, "quantization_method", None)
     elsewhere = method in QUANTIZED_ELSEWHERE or bool(getattr(model, "hqq_quantized", False))
     model.requires_grad_(False)
+    make_trainable(model)
     if not elsewhere:
         _upcast_half_precision(model)
         if auto_clear_cache:

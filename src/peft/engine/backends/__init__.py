@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib
 import pkgutil
+import sys
 from abc import ABC
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from ...utils.error import FixedWeightError
+from ..lifecycle import modules_of
 from ..offload import fetched
 
 _BACKENDS: list[type[QuantizationBackend]] = []
@@ -30,6 +32,8 @@ class QuantizationBackend(ABC):  # noqa: B024  (client libraries know it as one)
     supports_merge: bool = False
     layer_type: str = "linear"
     """Name of the kind of layer (see `kinds`)."""
+    blocks_gradients_of: str = ""
+    """The package, if `make_trainable` has something to do for its layers."""
 
     @classmethod
     def claims(cls, base_layer: nn.Module, options: dict[str, Any]) -> QuantizationBackend | None:
@@ -70,7 +74,11 @@ class QuantizationBackend(ABC):  # noqa: B024  (client libraries know it as one)
 
     def stored_weight(self, base_layer: nn.Module) -> torch.Tensor:
         """The tensor in which the weight is kept, or the largest of several."""
-        return base_layer.qweight if hasattr(base_layer, "qweight") else base_layer.weight
+        for name in ("qweight", "weight"):
+            stored = getattr(base_layer, name, None)
+            if torch.is_tensor(stored):
+                return stored
+        return max((*base_layer.parameters(), *base_layer.buffers()), key=torch.numel)
 
     def write(self, base_layer: nn.Module, weight: torch.Tensor, label: str) -> None:
         """Store a dense weight in a layer that stays the module that it is; arguments and errors as `ParameterBackend`'s."""
@@ -98,6 +106,14 @@ class QuantizationBackend(ABC):  # noqa: B024  (client libraries know it as one)
         """A copy of the base layer's output where an in-place sum onto it would break its backward."""
         return x
 
+    def make_trainable(self, base_layer: nn.Module, label: str) -> None:  # noqa: B027  (most have nothing to do)
+        """See that gradients flow through a layer from now on, which some kernels do not give its input.
+
+        Args:
+            base_layer: the layer.
+            label: what messages call it.
+        """
+
 
 def register_backend(cls: type[QuantizationBackend]) -> type[QuantizationBackend]:
     _BACKENDS.append(cls)
@@ -118,6 +134,23 @@ _DENSE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def _is_dense(layer: nn.Module) -> bool:
     """A quick answer for most layers: torch's own, with a parameter of torch's own."""
     return type(layer) in _DENSE and type(layer._parameters.get("weight")) is nn.Parameter
+
+
+def make_trainable(model: nn.Module) -> None:
+    """See that gradients flow through all quantised layers of a model, of which not all need be adapted.
+
+    Args:
+        model: one of which something is going to be trained, adapters or prompts.
+    """
+    _load_all()
+    concerned = [cls for cls in _BACKENDS if cls.blocks_gradients_of in sys.modules]
+    if not concerned:  # which saves a walk through the model at each switch of adapters
+        return
+    for name, module in modules_of(model):
+        for cls in concerned:
+            backend = cls.claims(module, {})
+            if backend is not None:
+                backend.make_trainable(module, name.removesuffix(".base_layer"))
 
 
 def dense_weight(base_layer: nn.Module, **options: Any) -> torch.Tensor:

@@ -11,7 +11,7 @@ from ...import_utils import is_gptqmodel_available
 from ...utils.quantized import is_gptqmodel_awq_layer
 from . import register_backend
 from .forward_only import ForwardOnlyQuantizationBackend
-from .packed import unpacked, weight_by_applying
+from .packed import keep_from_packing, unpacked, weight_by_applying
 
 _IN_ORDER = ("AwqTorchLinear", "AwqGEMMLinear", "AwqGEMMTritonLinear")
 """Classes whose kernel reads the codes as they are in a file of the GEMM format; others may keep them in their own order."""
@@ -28,6 +28,7 @@ class AwqBackend(ForwardOnlyQuantizationBackend):
     """
 
     backend_name = "awq"
+    blocks_gradients_of = "gptqmodel"
 
     @classmethod
     def claims(cls, base_layer: nn.Module, options: dict[str, Any]) -> AwqBackend | None:
@@ -35,6 +36,9 @@ class AwqBackend(ForwardOnlyQuantizationBackend):
             return None
         is_gptqmodel_available()  # which says so if it is too old
         return cls()
+
+    def make_trainable(self, base_layer: nn.Module, label: str) -> None:
+        keep_from_packing(base_layer, label)
 
     @torch.no_grad()
     def get_base_weight(self, base_layer: nn.Module) -> torch.Tensor:

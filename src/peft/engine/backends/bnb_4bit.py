@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ...utils.integrations import dequantize_4bit_blocks, get_bnb_param_type
+from ...utils.integrations import bnb_4bit_in_order, dequantize_4bit_blocks, get_bnb_param_type
 from . import register_backend
 from .parameter import ParameterBackend
+
+_PACKS = "support_avx512bf16_for_cpu"
+"""Name of the attribute by which a layer may pack its codes; embeddings and older releases do not."""
 
 
 @register_backend
@@ -18,6 +21,7 @@ class Bnb4bitBackend(ParameterBackend):
     """
 
     backend_name = "bnb 4bit"
+    blocks_gradients_of = "bitsandbytes"
 
     @classmethod
     def holds(cls, weight: torch.Tensor) -> bool:
@@ -50,6 +54,21 @@ class Bnb4bitBackend(ParameterBackend):
     def _put(self, base_layer: nn.Module, weight: nn.Parameter) -> None:
         super()._put(base_layer, weight)
         base_layer.quant_state = weight.quant_state
+        if not getattr(base_layer, _PACKS, True):  # of old, it may be packed
+            self.make_trainable(base_layer, label="")
+
+    def make_trainable(self, base_layer: nn.Module, label: str) -> None:
+        """See that the layer keeps its codes in their ordinary order, also in eval mode.
+
+        On some CPUs it packs them, at the first call in eval mode, for a kernel that gives no gradient to the layer's input.
+        """
+        if hasattr(base_layer, _PACKS):
+            setattr(base_layer, _PACKS, False)
+        weight = base_layer.weight
+        state = getattr(weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            weight.data, weight.quant_state = bnb_4bit_in_order(weight.data, state)
+            base_layer.quant_state = weight.quant_state
 
     def maybe_clone_base_result(self, x: torch.Tensor) -> torch.Tensor:
         return x.clone()

@@ -11,7 +11,7 @@ from ...import_utils import is_gptqmodel_available
 from ...utils.quantized import is_gptqmodel_awq_layer, is_gptqmodel_quant_linear
 from . import register_backend
 from .forward_only import ForwardOnlyQuantizationBackend
-from .packed import unpacked, weight_by_applying
+from .packed import keep_from_packing, unpacked, weight_by_applying
 
 _IN_ORDER = ("TorchLinear", "TorchQuantLinear", "TritonV2Linear", "TritonV2QuantLinear")
 """Classes whose kernel reads the codes as they are in the file; others may keep them in an order of their own."""
@@ -25,6 +25,7 @@ class GptqBackend(ForwardOnlyQuantizationBackend):
     """
 
     backend_name = "gptq"
+    blocks_gradients_of = "gptqmodel"
 
     @classmethod
     def claims(cls, base_layer: nn.Module, options: dict[str, Any]) -> GptqBackend | None:
@@ -32,6 +33,9 @@ class GptqBackend(ForwardOnlyQuantizationBackend):
             return None
         is_gptqmodel_available()  # which says so if it is too old
         return cls()
+
+    def make_trainable(self, base_layer: nn.Module, label: str) -> None:
+        keep_from_packing(base_layer, label)
 
     @torch.no_grad()
     def get_base_weight(self, base_layer: nn.Module) -> torch.Tensor:

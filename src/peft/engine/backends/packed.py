@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import torch
 from torch import nn
+
+from ...utils.warning import PeftWarning
 
 
 def unpacked(words: torch.Tensor, bits: int, count: int, dim: int) -> torch.Tensor:
@@ -35,8 +38,8 @@ def unpacked(words: torch.Tensor, bits: int, count: int, dim: int) -> torch.Tens
 def weight_by_applying(layer: nn.Module, fan_in: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The weight of a linear layer, from its output for each unit vector.
 
-    It is exact, since all other products are zero, and so it is for a layer that keeps its weight in an order known only to
-    the kernel that it runs.
+    It is as exact as the kernel, since all other products are zero, also where only the kernel knows in which order the
+    weight is kept. The layer stays as it is, though some pack their weight at their first call.
 
     Args:
         layer: maps (rows, in) to (rows, out); its attribute `bias`, if it has one, is left out.
@@ -47,8 +50,29 @@ def weight_by_applying(layer: nn.Module, fan_in: int, dtype: torch.dtype, device
     Returns:
         (out, in).
     """
+    layer = copy.copy(layer)
+    layer._parameters, layer._buffers = dict(layer._parameters), dict(layer._buffers)
     if getattr(layer, "bias", None) is not None:
-        layer = copy.copy(layer)
-        layer._parameters, layer._buffers = dict(layer._parameters), dict(layer._buffers)
         layer.bias = None
     return type(layer).forward(layer, torch.eye(fan_in, dtype=dtype, device=device)).T
+
+
+def keep_from_packing(layer: nn.Module, label: str) -> None:
+    """See that a layer of GPTQModel is not packed for a kernel without gradients.
+
+    Some of its kernels for CPUs settle at a layer's first call whether it is for training, and pack the codes otherwise.
+
+    Args:
+        layer: the layer, which may be of a kernel that does neither.
+        label: what the warning calls it, if its codes are packed already.
+    """
+    if not hasattr(layer, "linear_mode"):
+        return
+    if layer.linear_mode is None:
+        layer.linear_mode = "train"
+    elif "inference" in str(layer.linear_mode).lower():
+        warnings.warn(
+            f"{label}: this {type(layer).__name__} was called in eval mode before an adapter was added, and has packed its "
+            "codes for that; no gradient goes through it any more. Load the model anew, and add the adapter first.",
+            PeftWarning,
+        )

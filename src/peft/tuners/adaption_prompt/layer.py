@@ -150,15 +150,15 @@ class _BaseAdaptedAttention(AdapterLayer, nn.Module):
         """The attention module's queries of its input x (batch, tokens, width): (batch, heads, tokens, head_dim)."""
         raise NotImplementedError
 
-    def term(self, x: torch.Tensor, adapter: str, **kwargs: Any) -> torch.Tensor:
+    def term(self, x: torch.Tensor, adaption: nn.Module, **kwargs: Any) -> torch.Tensor:
         """What an adapter adds to the output.
 
         Args:
             x: the attention module's input, (batch, tokens, width).
-            adapter: a name this module holds.
+            adaption: what has its parameters: this module for the active adapter, since a replica or a compiled model
+                knows a module's own, and its entry of `adaptions` for another.
             kwargs: what else the attention module is called with.
         """
-        adaption = self.adaptions[adapter]
         query = self.queries(x, **kwargs)
         key, value = self.keys_and_values(adaption.adaption_prompt.to(x.dtype))
         groups = query.shape[1] // key.shape[1]
@@ -170,12 +170,12 @@ class _BaseAdaptedAttention(AdapterLayer, nn.Module):
 
     def adapted_forward(self, x: torch.Tensor, plan: tuple, *args: Any, **kwargs: Any) -> tuple:
         output, *rest = self.model(x, *args, **kwargs)
-        return (output + self.term(x, plan[0], **kwargs).to(output.dtype), *rest)
+        return (output + self.term(x, self, **kwargs).to(output.dtype), *rest)
 
     def mixed_forward(self, x: torch.Tensor, rows: RowGroups, *args: Any, **kwargs: Any) -> tuple:
         output, *rest = self.model(x, *args, **kwargs)
         for name, index in rows.items():
-            term = self.term(x[index], name, **_rows_of(kwargs, index, len(x)))
+            term = self.term(x[index], self.adaptions[name], **_rows_of(kwargs, index, len(x)))
             output = output.index_add(0, index, term.to(output.dtype))
         return (output, *rest)
 

@@ -11,6 +11,7 @@ from ...engine.lifecycle import as_names, modules_of
 from ...engine.state import AdapterState
 from ...engine.tuner import BaseTuner
 from ...engine.undo import Undo
+from ...utils.field_types import check_numbers
 from ...utils.naming import check_adapter_name, did_you_mean
 from .config import TRANSFORMERS_MODEL_CONFIG, AdaptionPromptConfig, prepare_config
 from .layer import AdaptedAttention, AdaptedAttentionGPT, _BaseAdaptedAttention
@@ -143,9 +144,10 @@ def attention_modules(config: AdaptionPromptConfig, model: nn.Module) -> list[st
         ValueError: there are fewer, or one of the numbers makes no sense.
         TypeError: one of the numbers is missing.
     """
+    check_numbers(config)
     for name, least in (("adapter_len", 1), ("adapter_layers", 0)):
         number = getattr(config, name)
-        if not isinstance(number, int) or isinstance(number, bool):
+        if not isinstance(number, int):
             raise TypeError(f"{name} of an adaption prompt must be a number, got {number!r}.")
         if number < least:
             raise ValueError(f"{name} of an adaption prompt must be at least {least}, got {number}.")

@@ -15,7 +15,6 @@ from torch import nn
 
 from ...engine.offload import onload_layer
 from ...engine.undo import put_off, when_done
-from ...utils.integrations import gather_params_ctx
 
 if TYPE_CHECKING:
     from .layer import LoraLayer
@@ -100,8 +99,7 @@ def base_weight_at_hand(layer: LoraLayer) -> Iterator[None]:
 
     That is, with accelerate's offloading and DeepSpeed's partitions too.
     """
-    parameters = list(layer.get_base_layer().parameters())
-    with onload_layer(layer), gather_params_ctx(parameters), torch.no_grad():
+    with onload_layer(layer), torch.no_grad():
         yield
 
 

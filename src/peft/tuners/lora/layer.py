@@ -212,8 +212,8 @@ class LoraLayer(AdditiveLayer):
         """Start an adapter by LoftQ, with the settings in `config.loftq_config`."""
         initialise(self, adapter_name, "loftq", config)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
+    def _drop(self, adapter_name: str) -> None:
+        super()._drop(adapter_name)
         self._forget_variant(adapter_name)
 
     # ----------------------------------------------------------------------------------------------------- forward

@@ -66,6 +66,8 @@ def rank_of(layer: LoraLayer, factor: str, tensor: torch.Tensor) -> int:
         factor: "A" or "B".
         tensor: the factor.
     """
+    if hasattr(tensor, "ds_shape"):  # partitioned by ZeRO-3, and perhaps empty itself
+        tensor = torch.empty(tensor.ds_shape, device="meta")
     return by_rank(layer, factor, tensor).shape[1] * groups_of(layer)
 
 

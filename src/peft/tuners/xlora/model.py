@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ...engine.backends import make_trainable
 from ...engine.checkpoint import set_peft_model_state_dict
 from ...engine.layer import deferred_parameters
 from ...engine.lifecycle import Entry, entries_of, set_trains
@@ -142,6 +143,8 @@ class XLoraModel(BaseTuner):
             layers = convert_layers_to_xlora(model, self, config)
             device = next(model.parameters()).device
             self.internal_xlora_classifier = XLoraClassifier(model, config, len(experts), layers, device)
+        if not config.inference_mode:
+            make_trainable(model)
         self.peft_config = self.lora_model.peft_config
         self.peft_config.put_back({adapter_name: config, **self.peft_config})
         self.active_adapter = adapter_name
@@ -274,6 +277,8 @@ class XLoraModel(BaseTuner):
         self.lora_model.set_adapter(list(self.experts), inference_mode=frozen)
         for parameter in self.internal_xlora_classifier.parameters():
             set_trains(parameter, not inference_mode)
+        if not inference_mode:
+            make_trainable(self.lora_model.model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Not possible: an X-LoRA model has one adapter, which is made with it.
