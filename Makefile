@@ -21,7 +21,7 @@ FORMATTED := $(CODE) README.md # the formatter reaches code in Markdown
 RUN := env OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
     HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 HF_HUB_DISABLE_PROGRESS_BARS=1
 PYTEST := -m pytest -n 2 --dist worksteal
-EXAMPLES := sentiment ranks diffusion_blend serving quantized
+EXAMPLES := sentiment ranks diffusion_blend serving quantized character_lm two_processes
 # The environment of a set of releases; the newest set is what everything else here runs with.
 environment = $(VENV)$(if $(filter-out newest,$1),-$1)
 $(if $(filter-out $(ALL_SETS),$(SETS)),$(error SETS are among $(ALL_SETS), got $(SETS)))
@@ -33,7 +33,7 @@ help: ## show this list
 demo: $(VENV)/.installed-demo ## restore a video: train an adapter with a fully trained output layer, save, load, compare
 	$(RUN) $(VENV)/bin/python examples/video_restoration/run.py $(ARGS)
 
-examples: $(VENV)/.installed-examples ## run the examples: sentiment, ranks, diffusion_blend, serving, quantized
+examples: $(VENV)/.installed-examples ## run the examples: sentiment, ranks, diffusion_blend, serving, quantized, character_lm, two_processes
 	for name in $(EXAMPLES); do $(RUN) $(VENV)/bin/python examples/$$name/run.py $(ARGS); done
 
 test: $(VENV)/.installed-test ## run the tests (pass options to pytest in ARGS)

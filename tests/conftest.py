@@ -25,6 +25,12 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _precision_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 4 writes a Trainer's precision into the environment, where those of later tests would find it."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no accelerator here")

@@ -128,6 +128,8 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     """All that a call which fails must leave alone: names and classes of modules, tensors, flags, adapters."""
     facts: dict[str, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.ModuleDict | nn.ParameterDict) and not len(module):
+            continue  # a layer makes what it keeps its adapters in when it first looks for one there
         facts[f"module {name}"] = (type(module).__name__, module.training)
         for sort, tensors in (("parameter", module._parameters), ("buffer", module._buffers)):
             for key, tensor in tensors.items():

@@ -15,8 +15,9 @@ from accelerate import (
     load_checkpoint_and_dispatch,
 )
 from accelerate.utils import is_peft_model
-from training import assert_equal, changed, in_file, kinds, trainable, values
-from transformers import LlamaConfig, LlamaForCausalLM
+from accelerate.utils.other import compile_regions
+from training import IN_CHECKPOINT, OF_THE_RUN, assert_equal, changed, files, in_file, kinds, rows, trainable, values
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from peft import (
     HRAConfig,
@@ -192,6 +193,23 @@ def test_it_computes_and_trains_as_in_memory(name, place, tmp_path):
     assert {key for key, value in kept(away).items() if not torch.equal(value, before[key])} == {
         key for key in trainable(away) if "default" not in key
     }
+    assert is_away(away)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["LoRA", "copies", "prompt tuning"])
+def test_a_trainer_takes_it_as_it_is(name, checkpointing, tmp_path):
+    data = [{key: row % 32 for key, row in entry.items()} for entry in rows()]
+    options = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_steps": 2, "learning_rate": 0.01}
+    options |= {"save_strategy": "steps", "save_steps": 2, "gradient_checkpointing": checkpointing}
+    plain, away = pair(name, spread, tmp_path)
+    before = kept(away)
+    for folder, model in (("plain", plain), ("away", away)):
+        Trainer(model, TrainingArguments(str(tmp_path / folder), **options), train_dataset=data).train()
+    checkpoint = tmp_path / "away" / "checkpoint-2"
+    assert files(checkpoint) == IN_CHECKPOINT | OF_THE_RUN
+    assert_equal(in_file(checkpoint), in_file(tmp_path / "plain" / "checkpoint-2"))
+    assert_equal(kept(away), before)
     assert is_away(away)
 
 
@@ -442,3 +460,25 @@ def test_gradients_are_accumulated(accelerator):
     for key, parameter in whole.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(moments[1][key], parameter.grad, msg=key)
+
+
+@pytest.mark.parametrize("accelerator", [{"dynamo_backend": "eager"}], indirect=True)
+def test_a_compiled_model_is_saved_as_itself(accelerator, tmp_path):
+    model, _ = prepared(accelerator, "copies")
+    inner = accelerator.unwrap_model(model, keep_torch_compile=False)
+    assert isinstance(inner, PeftModel) and inner is not model
+    inner.save_pretrained(tmp_path, state_dict=accelerator.get_state_dict(model))
+    assert_equal(in_file(tmp_path), get_peft_model_state_dict(inner))
+
+
+@pytest.mark.parametrize("name", ["copies", "prompt tuning"])
+def test_a_model_that_is_compiled_by_its_blocks(name, tmp_path):
+    """Each block is wrapped, and whatever stands beside the blocks as a whole: the prompts of a model, too."""
+    model = moved(get_peft_model(llama(), copy.deepcopy(CONFIGS[name])).eval())
+    expected, file = logits(model), get_peft_model_state_dict(model)
+    compiled = compile_regions(model, backend="eager")
+    torch.testing.assert_close(logits(compiled), expected)
+    compiled(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in compiled.parameters() if p.requires_grad)
+    compiled.save_pretrained(tmp_path)
+    assert_equal(in_file(tmp_path), file)

@@ -391,6 +391,7 @@ def loss_of(model, **options):
     return model(input_ids=IDS, labels=LABELS, **options).loss
 
 
+@pytest.mark.compat
 def test_the_loss_has_the_penalty():
     base, model = bert(orth_reg_weight=0.3)
     layers = [module for module in model.modules() if isinstance(module, AdaLoraLayer)]
@@ -411,12 +412,14 @@ def test_the_loss_has_the_penalty():
     assert layers[0].lora_A["default"].grad.abs().sum() > 0
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("options", [{"task_type": None}, {"inference_mode": True}], ids=str)
 def test_there_is_no_penalty_where_nothing_is_asked_to_train(options):
     base, model = bert(**options)
     assert_close(loss_of(model), loss_of(base))
 
 
+@pytest.mark.compat
 def test_there_is_no_penalty_on_what_is_not_used():
     base, model = bert()
     assert loss_of(model) > loss_of(base) + 0.1

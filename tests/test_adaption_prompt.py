@@ -533,6 +533,43 @@ def test_copies_have_weights_of_their_own(copied):
     assert not torch.equal(logits(twin), output) and torch.equal(logits(model), output)
 
 
+def test_weights_of_another_model_may_take_the_place_of_its_own():
+    model, source = adapted(), moved(adapted(), seed=8)
+    expected, own = logits(source), logits(model)
+    with torch.no_grad():
+        given = torch.func.functional_call(model, dict(source.named_parameters()), (), batch())
+    assert torch.equal(given.logits, expected) and torch.equal(logits(model), own)
+    model.load_state_dict(source.state_dict(), assign=True)
+    assert torch.equal(logits(model), expected)
+    layer = attention(model)
+    assert layer.adaptions["default"].adaption_gate is layer.adaption_gate
+
+
+def test_a_replica_computes_with_the_weights_that_it_is_given():
+    layer = attention(adapted(gpt2))
+    x = torch.randn(2, 3, WIDTH)
+    replica = layer._replicate_for_data_parallel()  # as DataParallel makes them
+    replica.adaption_prompt, replica.adaption_gate = layer.adaption_prompt, 2 * layer.adaption_gate
+    expected = 2 * layer(x)[0] - layer.model(x)[0]
+    torch.testing.assert_close(replica(x)[0], expected)
+
+
+def test_compiles_without_a_break_whichever_is_active():
+    torch.compiler.reset()
+    model, ids = two(), batch(padding=(0, 0))["input_ids"]
+    run = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for name in ("default", "b"):
+        model.set_adapter(name)
+        assert torch.equal(run(input_ids=ids, use_cache=False).logits, model(input_ids=ids, use_cache=False).logits)
+    run(input_ids=ids, use_cache=False).logits.sum().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    model(input_ids=ids, use_cache=False).logits.sum().backward()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad)
+    torch.compiler.reset()
+
+
 def test_unloading_gives_the_model_back():
     base = base_of(llama)
     expected, names, cls = logits(base), list(base.state_dict()), type(base.model.layers[0].self_attn)

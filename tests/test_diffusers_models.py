@@ -27,6 +27,11 @@ from peft import LoraConfig, get_peft_model_state_dict  # noqa: E402
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 from peft.utils import ModulesToSaveWrapper  # noqa: E402
 
+pytestmark = pytest.mark.compat
+
+IN_FOLDER = {"use_safetensors": True, "weight_name": "pytorch_lora_weights.safetensors"}
+"""What older diffusers is told offline: it does not look for the file by itself."""
+
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
 
 
@@ -197,7 +202,7 @@ class DiffusersDoor(Door):
         self.model.save_lora_adapter(folder, adapter_name=name)
 
     def load(self, folder, name, trainable=False):
-        self.model.load_lora_adapter(folder, prefix=None, adapter_name=name, use_safetensors=True)
+        self.model.load_lora_adapter(folder, prefix=None, adapter_name=name, **IN_FOLDER)
 
 
 class OtherNamesDoor(DiffusersDoor):
@@ -327,7 +332,7 @@ class TestFiles:
         door.save("a", tmp_path)
         fresh = door.fresh()
         fresh.model.load_lora_adapter(
-            tmp_path, prefix=None, adapter_name="a", use_safetensors=True, low_cpu_mem_usage=low_cpu_mem_usage
+            tmp_path, prefix=None, adapter_name="a", low_cpu_mem_usage=low_cpu_mem_usage, **IN_FOLDER
         )
         assert not any(tensor.is_meta for tensor in [*fresh.model.parameters(), *fresh.model.buffers()])
         assert torch.equal(fresh.out(), door.out())
@@ -336,7 +341,7 @@ class TestFiles:
     def test_a_free_name(self, door, tmp_path):
         door.add("a")
         door.save("a", tmp_path)
-        door.model.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
+        door.model.load_lora_adapter(tmp_path, prefix=None, **IN_FOLDER)
         assert list(door.model.peft_config) == ["a", "default_1"]
 
     @pytest.mark.parametrize("problem", ["shape", "nan"])

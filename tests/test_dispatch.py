@@ -11,6 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from peft import HRAConfig, LoHaConfig, LoraConfig, OFTConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.dispatch import redispatch
 
+pytestmark = pytest.mark.compat
+
 IDS = torch.tensor([[1, 2, 3, 4]])
 DISK_MAP = {
     "model.embed_tokens": "cpu",

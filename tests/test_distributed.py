@@ -4,7 +4,6 @@ What runs in the processes is in `tests/workers`.
 """
 
 import pytest
-
 from distributed import in_two_processes
 from workers.recipes import QUICK, RECIPES
 

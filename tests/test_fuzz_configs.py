@@ -8,9 +8,11 @@ import dataclasses
 import json
 
 import fuzzing
+import numpy as np
 import prompts
 import pytest
 import test_config
+import torch
 from fuzzing import IDS, differences, fuzzed, json_values, net, snapshot, typed_errors_only, values_for
 from hypothesis import strategies as st
 
@@ -160,3 +162,74 @@ def test_a_language_model_has_a_prompt_or_is_as_it_was(name, data):
         config = CLASSES[name](**{**needed, field: value})
     if config is not None:
         adapt(lambda: prompts.base_of(prompts.llama), config)
+
+
+# --------------------------------------------------------------------------------- numbers that training scripts write
+
+NUMBERS = [
+    ("LORA", "r", 2.0, 2),
+    ("LORA", "r", np.int64(2), 2),
+    ("LORA", "r", torch.tensor(2), 2),
+    ("LORA", "lora_alpha", 16.5, 16.5),
+    ("LORA", "lora_alpha", np.float32(16.5), 16.5),
+    ("LORA", "lora_dropout", 0, 0),
+    ("LORA", "lora_dropout", False, 0),
+    ("LORA", "lora_dropout", np.float64(0.5), 0.5),
+    ("LORA", "layers_to_transform", np.int64(1), 1),
+    ("LORA", "layers_to_transform", np.array([0, 1]), [0, 1]),
+    ("LORA", "layers_to_transform", range(2), [0, 1]),
+    ("LORA", "layers_to_transform", (0, 1.0), (0, 1)),
+    ("LORA", "rank_pattern", {"lin0": np.int32(3), "lin1": 2.0}, {"lin0": 3, "lin1": 2}),
+    ("LORA", "alpha_pattern", {"lin0": 2.5, "lin1": np.float32(0.5)}, {"lin0": 2.5, "lin1": 0.5}),
+    ("LORA", "trainable_token_indices", {"embed": np.array([1, 3])}, {"embed": [1, 3]}),
+    ("LORA", "trainable_token_indices", {"embed": torch.tensor([1, 3])}, {"embed": [1, 3]}),
+    ("TRAINABLE_TOKENS", "token_indices", [np.int64(1), 3.0], [1, 3]),
+    ("LOKR", "decompose_factor", -1.0, -1),
+    ("LOHA", "alpha", 2.5, 2.5),
+    ("FOURIERFT", "n_frequency_pattern", {"lin0": np.int64(4)}, {"lin0": 4}),
+]
+
+
+@pytest.mark.parametrize("name, field, value, expected", NUMBERS, ids=lambda value: str(value)[:30])
+def test_a_number_of_another_kind_is_taken_as_what_it_means(name, field, value, expected, tmp_path):
+    model = peft.get_peft_model(net(), fuzzing.config_of(name, **{field: value}))
+    found = getattr(model.peft_config["default"], field)
+    assert found == expected and repr(found) == repr(expected)
+    model(IDS)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(net(), tmp_path)
+    assert torch.equal(again(IDS), model.eval()(IDS))
+
+
+WRONG = [
+    ("LORA", "r", 2.5, "a whole number, found 2.5"),
+    ("LORA", "r", "2", "expected int, found str '2'"),
+    ("LORA", "r", (2,), "expected int, found tuple"),
+    ("LORA", "r", torch.tensor([2]), "expected int, found list"),
+    ("LORA", "lora_alpha", float("nan"), "nan"),
+    ("LORA", "lora_dropout", 1.5, "a probability"),
+    ("LORA", "layers_to_transform", [[1]], "found list"),
+    ("LORA", "layers_to_transform", [0.5], "a whole number, found 0.5"),
+    ("LORA", "alora_invocation_tokens", 2, "found int 2"),
+    ("LORA", "trainable_token_indices", {"embed": [1.5]}, "a whole number, found 1.5"),
+    ("LORA", "rank_pattern", {"lin0": 2.5}, "a whole number for 'lin0', found 2.5"),
+    ("LORA", "rank_pattern", {"lin0": "2"}, "a whole number for 'lin0', found '2'"),
+    ("LORA", "alpha_pattern", [1], "expected dict"),
+]
+
+
+@pytest.mark.parametrize("name, field, value, words", WRONG, ids=lambda value: str(value)[:30])
+def test_a_number_that_cannot_be_calculated_with(name, field, value, words):
+    base = net()
+    before = snapshot(base)
+    with pytest.raises(peft.utils.error.ConfigValueError, match=field) as caught:
+        peft.get_peft_model(base, fuzzing.config_of(name, **{field: value}))
+    assert words in str(caught.value)
+    assert differences(before, snapshot(base)) == []
+
+
+@pytest.mark.parametrize("number", [np.int64(2), 2.0, torch.tensor(2)], ids=lambda number: type(number).__name__)
+def test_the_numbers_of_an_adaption_prompt(number):
+    config = peft.AdaptionPromptConfig(adapter_len=number, adapter_layers=number, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(prompts.base_of(prompts.llama), config)
+    assert (model.peft_config["default"].adapter_len, model.peft_config["default"].adapter_layers) == (2, 2)

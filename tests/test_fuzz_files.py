@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import fuzzing
-import matrix
 import prompts
 import pytest
 import test_config
 import torch
-from fuzzing import IDS, differences, fuzzed, net, snapshot, tree, typed_errors_only, whole_or_not_at_all
+from fuzzing import IDS, fuzzed, net, whole_or_not_at_all
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -304,7 +303,9 @@ def other_names(draw, name):
     """Names near a name in a file: of another adapter, of the base model, of nothing."""
     parts = name.split(".")
     at = draw(st.integers(0, len(parts)))
-    piece = draw(st.sampled_from(["first", "a", "default", "base_layer", "__class__", "..", "weight", "modules_to_save", ""]))
+    piece = draw(
+        st.sampled_from(["first", "a", "default", "base_layer", "__class__", "..", "weight", "modules_to_save", ""])
+    )
     inserted = ".".join([*parts[:at], piece, *parts[at:]])
     return draw(
         st.sampled_from(
@@ -343,7 +344,7 @@ def changed_state(draw, state):
     return state
 
 
-@fuzzed(120, name=st.sampled_from(sorted(BY_NAME)), door=doors, data=st.data())
+@fuzzed(60, name=st.sampled_from(sorted(BY_NAME)), door=doors, data=st.data())
 def test_a_file_with_other_tensors(name, door, data, folder_of, tmp_path):
     saved = BY_NAME[name]
     state = data.draw(changed_state(load_file(folder_of(saved) / SAFETENSORS_WEIGHTS_NAME)))
@@ -408,7 +409,9 @@ class Payload:
 @pytest.mark.parametrize("beside", [True, False])
 def test_code_in_a_file_never_runs(write, door, beside, folder_of, tmp_path):
     saved, mark = BY_NAME["lora"], tmp_path / "mark"
-    content = load_file(folder_of(saved) / SAFETENSORS_WEIGHTS_NAME) | {"x": Payload(mark)} if beside else Payload(mark)
+    content = (
+        load_file(folder_of(saved) / SAFETENSORS_WEIGHTS_NAME) | {"x": Payload(mark)} if beside else Payload(mark)
+    )
     path = tmp_path / "content"
     if write == "pickle":
         path.write_bytes(pickle.dumps(content))
@@ -420,3 +423,17 @@ def test_code_in_a_file_never_runs(write, door, beside, folder_of, tmp_path):
     assert not mark.exists()
     pickle.loads(pickle.dumps(Payload(mark)))
     assert mark.exists()
+
+
+# ------------------------------------------------------------------------------------------------- found by these files
+
+
+@pytest.mark.parametrize(
+    "door", [load_anew, load_beside, load_over, load_into_injected], ids=lambda door: door.__name__
+)
+def test_a_column_of_twice_the_length_is_of_another_shape(door, folder_of, tmp_path):
+    saved = BY_NAME["ia3"]
+    state = load_file(folder_of(saved) / SAFETENSORS_WEIGHTS_NAME)
+    save_file({name: torch.cat([value, value]) for name, value in state.items()}, tmp_path / "changed")
+    bad = copy_of(folder_of(saved), tmp_path / "bad", (tmp_path / "changed").read_bytes())
+    assert load(saved, bad, door) is None

@@ -426,6 +426,7 @@ def unet():
     ).eval()
 
 
+@pytest.mark.compat
 @torch.no_grad()
 def test_diffusers_swaps_in_a_compiled_model(tmp_path):
     torch._dynamo.reset()

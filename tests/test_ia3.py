@@ -307,6 +307,7 @@ def test_feedforward_modules_must_be_known():
         IA3Model(Block(), IA3Config(target_modules=["wi"]), "default")
 
 
+@pytest.mark.compat
 def test_defaults_of_a_model_type():
     from transformers import T5Config, T5ForConditionalGeneration
 

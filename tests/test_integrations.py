@@ -23,6 +23,8 @@ from peft.utils.integrations import (
     skip_init_on_device,
 )
 
+pytestmark = pytest.mark.compat
+
 
 class Params4bit(nn.Parameter):
     """Stands for the class of that name in bitsandbytes."""
@@ -130,6 +132,7 @@ def test_4_bit_goes_through_bitsandbytes(monkeypatch):
     calls = []
     functional = types.SimpleNamespace(dequantize_4bit=lambda data, state: calls.append(state) or data + 1)
     monkeypatch.setitem(sys.modules, "bitsandbytes", types.SimpleNamespace(functional=functional))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", functional)
     weight = Params4bit(torch.zeros(2), requires_grad=False)
     weight.quant_state = "state"
     assert dequantize_bnb_weight(weight).tolist() == [1.0, 1.0]
@@ -216,7 +219,6 @@ def test_the_layers_of_a_decoder_count():
     assert get_layer_device_map(model) == {0: 1, 1: 1, 2: 1}
 
 
-@pytest.mark.compat
 def test_a_cache_follows_the_layers(llama, monkeypatch):
     from transformers import DynamicCache, EncoderDecoderCache
 

@@ -13,6 +13,8 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 
+pytestmark = pytest.mark.compat
+
 
 class Net(nn.Module):
     def __init__(self):

@@ -346,6 +346,7 @@ def test_excluded_modules():
     assert model.base_model.targeted_module_names == ["norm.0"]
 
 
+@pytest.mark.compat
 def test_default_targets():
     from transformers import LlamaConfig, LlamaForCausalLM
 

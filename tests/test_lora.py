@@ -271,6 +271,7 @@ class TestParameters:
             tuner._create_and_replace(config, "third", layer, "layer", tuner.model, "layer", parameter_name="other")
 
 
+@pytest.mark.compat
 def test_tied_factors():
     layer = Conv2d(nn.Conv2d(4, 4, 3), "default", LoraConfig(), r=2)
     with pytest.raises(ValueError, match="Conv2d cannot share its factors with a tied embedding; only a Linear can"):
@@ -291,6 +292,7 @@ def test_tied_factors():
         tuner._tied_factors("default")
 
 
+@pytest.mark.compat
 def test_state_space_models():
     from transformers import MambaConfig, MambaForCausalLM
 

@@ -554,6 +554,7 @@ def test_adapters_of_other_sorts(tmp_path, config):
         refused(ValueError, r"No LoRA layer holds the adapters \['task_0'\]", [str(tmp_path)])
 
 
+@pytest.mark.compat
 def test_prompts(tmp_path):
     def model():
         sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -479,6 +479,7 @@ def test_models_without_adapter_layers():
         convert_to_lora(make(Mlp), 2)
 
 
+@pytest.mark.compat
 def test_prompt_learning():
     from transformers import LlamaConfig, LlamaForCausalLM
 

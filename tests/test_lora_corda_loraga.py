@@ -478,6 +478,7 @@ def test_gradients_that_are_there_already_do_not_count_and_come_back():
     assert torch.equal(net.a.weight.grad, before)
 
 
+@pytest.mark.compat
 def test_lora_ga_knows_the_default_targets():
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -200,6 +200,7 @@ def texts(labels=False):
     return data
 
 
+@pytest.mark.compat
 def test_language_models_need_no_functions():
     model = get_peft_model(
         llama(), config(target_modules=["q_proj", "v_proj", "down_proj"], r=2), low_cpu_mem_usage=True

@@ -539,6 +539,7 @@ def test_injection_without_storage_changes_the_base_weights_too(init):
     assert torch.allclose(injected(x), model(x), atol=1e-6)
 
 
+@pytest.mark.compat
 def test_offloaded_weights_are_changed_where_they_are_kept():
     from accelerate import cpu_offload
 

@@ -465,6 +465,7 @@ def test_an_adapter_of_a_larger_rank_takes_more_out():
     assert [len(V) for V, _ in removed_from(model.base_model.model.first)] == [2, 4]
 
 
+@pytest.mark.compat
 def test_a_weight_that_layers_share_is_truncated_once():
     torch.manual_seed(0)
     small = LlamaConfig(

@@ -237,6 +237,7 @@ def test_other_variants_and_other_layers_are_refused():
         adapted(nn.Sequential(nn.MultiheadAttention(4, 2)), target_modules=["0"])
 
 
+@pytest.mark.compat
 def test_sharing_factors_with_an_embedding_is_refused():
     small = LlamaConfig(
         vocab_size=16,

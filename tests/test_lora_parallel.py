@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.testing import assert_close
+from versions import needs
 
 from peft import (
     LoraConfig,
@@ -250,6 +251,8 @@ def test_mixed_batches_are_refused(megatron):
 
 # ------------------------------------------------------------------------------------------------------------ transformers
 
+with_spread_models = needs("transformers", "5.17", "does not spread a model over devices as DTensors")
+
 
 @pytest.fixture(scope="module")
 def mesh():
@@ -332,6 +335,8 @@ def check_against_whole_model(mesh):
     return model
 
 
+@pytest.mark.compat
+@with_spread_models
 @pytest.mark.filterwarnings("ignore")
 def test_a_spread_model_does_what_a_whole_one_does(mesh):
     model = check_against_whole_model(mesh)
@@ -347,6 +352,8 @@ def test_a_spread_model_does_what_a_whole_one_does(mesh):
     assert placements(*table.factors("default")) == [Shard(1), Replicate()]
 
 
+@pytest.mark.compat
+@with_spread_models
 @pytest.mark.filterwarnings("ignore")
 def test_loading_and_a_second_adapter(mesh, tmp_path):
     plain = filled(get_peft_model(llama(), LoraConfig(target_modules=["q_proj", "embed_tokens"], lora_dropout=0.1)))
@@ -390,6 +397,7 @@ def test_plan_and_mesh_of_a_module(mesh):
     assert get_tp_plan_and_mesh(model, "head") == (None, None)
 
 
+@pytest.mark.compat
 def test_older_transformers_are_refused(mesh, monkeypatch):
     import transformers
 
@@ -399,6 +407,8 @@ def test_older_transformers_are_refused(mesh, monkeypatch):
         get_tp_plan_and_mesh(model, "q")
 
 
+@pytest.mark.compat
+@with_spread_models
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("options", "match"),
@@ -415,6 +425,8 @@ def test_what_reads_the_whole_base_weight_is_refused(mesh, options, match):
         get_peft_model(spread_over(llama(), mesh), LoraConfig(target_modules=["q_proj"], **options))
 
 
+@pytest.mark.compat
+@with_spread_models
 def test_unknown_styles_leave_the_factors_whole(mesh):
     factor = nn.Linear(3, 2, bias=False)
     with pytest.warns(UserWarning, match="lora_B of the adapter of a Linear is left whole.*style 'packed_colwise'"):
@@ -427,6 +439,8 @@ def test_unknown_styles_leave_the_factors_whole(mesh):
     assert type(tuner.model.model.embed_tokens.lora_embedding_A["default"]) is nn.Parameter
 
 
+@pytest.mark.compat
+@with_spread_models
 def test_whole_modules_of_a_spread_model_are_adapted_as_usual(mesh):
     model = SimpleNamespace(_device_mesh=mesh, _tp_plan={"q": "colwise"})
     assert placement_for(model, "q", nn.Linear(2, 2), LoraConfig(use_dora=True)) is None
@@ -466,6 +480,8 @@ def run_as_rank(folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.compat
+@with_spread_models
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path):
     llama().save_pretrained(tmp_path / "base")

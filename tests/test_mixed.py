@@ -189,6 +189,7 @@ def test_unload_gives_the_base_model_back():
     assert torch.equal(plain(X), net()(X))
 
 
+@pytest.mark.compat
 def test_generate():
     config = LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2

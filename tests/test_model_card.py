@@ -8,6 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import peft
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 
+pytestmark = pytest.mark.compat
+
 
 def llama(name=""):
     config = LlamaConfig(

@@ -10,6 +10,7 @@ import torch
 import transformers
 from prompts import (
     DECODERS,
+    NEW,
     TASKS,
     TWO_STACKS,
     VOCAB,
@@ -20,9 +21,11 @@ from prompts import (
     assert_same,
     base_of,
     batch,
+    generate,
     gpt2,
     llama,
     move,
+    new_tokens_by_hand,
     ones_before,
     state_of,
     t5,
@@ -279,6 +282,14 @@ class TestGeneration:
         inputs = {"input_ids": first.sequences, "attention_mask": mask, "task_ids": inputs["task_ids"]}
         expected = model.generate(**inputs, **options)
         assert torch.equal(model.generate(**inputs, **{name: first[name]}, **options), expected)
+
+    def test_an_assistant_drafts_for_a_task(self):
+        model, inputs = prompted(), {**batch(padding=(0,)), "task_ids": torch.tensor([2])}
+        expected = new_tokens_by_hand(model, inputs)
+        drafted = generate(model, **inputs, assistant_model=base_of(llama))
+        assert drafted[:, -NEW:].tolist() == expected.tolist()
+        other = generate(model, **{**inputs, "task_ids": torch.tensor([0])}, assistant_model=base_of(llama))
+        assert not torch.equal(other, drafted)
 
 
 class TestFiles:

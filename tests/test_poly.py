@@ -261,6 +261,7 @@ IDS = torch.arange(1, 13).view(3, 4)
 TASKS_OF_TEXTS = torch.tensor([2, 0, 1])
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
 def test_generation_follows_the_tasks(task_type):
     model = llama(task_type=task_type)
@@ -282,6 +283,7 @@ def test_generation_follows_the_tasks(task_type):
         assert torch.equal(beams[row], alone[0])
 
 
+@pytest.mark.compat
 def test_an_encoder_and_its_decoder_see_the_same_tasks():
     torch.manual_seed(0)
     size = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
@@ -299,6 +301,7 @@ def test_an_encoder_and_its_decoder_see_the_same_tasks():
         assert torch.equal(found[row, : len(alone)], alone)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_gradient_checkpointing_changes_nothing(training, use_reentrant):

@@ -99,9 +99,24 @@ class TestGeneration:
         assert torch.equal(output, continued_by_hand(model, **inputs))
 
     @pytest.mark.parametrize("make", DECODERS)
-    def test_drafted_tokens_are_checked_with_the_prompt(self, make):
+    @pytest.mark.parametrize("by_assistant", [False, True])
+    def test_drafted_tokens_are_checked_with_the_prompt(self, make, by_assistant):
         model, inputs = prompted(make), batch(padding=(0,))
-        assert torch.equal(generate(model, **inputs, prompt_lookup_num_tokens=2), continued_by_hand(model, **inputs))
+        options = {"assistant_model": base_of(make)} if by_assistant else {"prompt_lookup_num_tokens": 2}
+        assert torch.equal(generate(model, **inputs, **options), continued_by_hand(model, **inputs))
+
+    def test_with_two_stacks_an_assistant_is_refused(self):
+        model, inputs = prompted(t5, "SEQ_2_SEQ_LM"), batch(padding=(0,))
+        with pytest.raises(ValueError, match="assistant_model .* prompt_lookup_num_tokens"):
+            generate(model, **inputs, assistant_model=base_of(t5))
+        drafted = generate(model, **inputs, prompt_lookup_num_tokens=2)
+        assert torch.equal(drafted, decoded_by_hand(model, **inputs))
+
+    @pytest.mark.parametrize("make", TWO_STACKS)
+    def test_with_two_stacks_the_input_may_go_by_its_other_name(self, make):
+        model, inputs = prompted(make, "SEQ_2_SEQ_LM"), batch()
+        output = generate(model, inputs=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        assert torch.equal(output, decoded_by_hand(model, **inputs))
 
     def test_positions_that_the_user_gives_are_left_out(self):
         model, inputs = prompted(), batch(padding=(0, 0))

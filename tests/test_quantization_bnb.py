@@ -33,6 +33,7 @@ from peft.utils.loftq_utils import loftq_init, replace_lora_weights_loftq
 from peft.utils.quantization_utils import Bnb4bitBackend, Bnb8bitBackend, quantization_extra_repr
 
 bnb = pytest.importorskip("bitsandbytes", reason="the layers that are adapted here are of bitsandbytes")
+pytestmark = pytest.mark.compat
 
 
 def in_8_bits(linear: nn.Linear, **options) -> nn.Module:

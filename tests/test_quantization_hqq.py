@@ -16,6 +16,7 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.quantization_utils import HqqBackend
 
 hqq = pytest.importorskip("hqq.core.quantize", reason="the layers that are adapted here are of HQQ")
+pytestmark = pytest.mark.compat
 
 
 def quantised(linear: nn.Linear, **options) -> nn.Module:

@@ -595,6 +595,7 @@ def test_qalora_changes_zero_points_alone(form, tmp_path):
     assert torch.equal(again(X), result)
 
 
+@pytest.mark.compat
 @pytest.mark.skipif(not has("gptqmodel"), reason="the layers that are adapted here are of gptqmodel")
 @pytest.mark.parametrize("method", ["awq", "gptq"])
 def test_a_model_of_transformers(tmp_path, method):

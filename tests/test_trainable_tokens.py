@@ -469,6 +469,7 @@ def tokens(*indices, **options):
     return TrainableTokensConfig(token_indices=list(indices), **options)
 
 
+@pytest.mark.compat
 def test_what_is_tied_uses_the_same_rows(recwarn):
     model = trained(get_peft_model(llama(), tokens(1, 3)))
     embed, head = layer_of(model, "model.embed_tokens"), layer_of(model, "lm_head")
@@ -482,6 +483,7 @@ def test_what_is_tied_uses_the_same_rows(recwarn):
     assert not [warning for warning in recwarn if "tied" in str(warning.message)]
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("name", TIED)
 def test_a_tied_model(name, tmp_path):
     build, embedding, tied, inputs = TIED[name]
@@ -517,6 +519,7 @@ def test_a_tied_model(name, tmp_path):
     assert all(merged.get_submodule(other).weight is table for other in tied)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("name", TIED)
 @pytest.mark.filterwarnings("ignore:The active adapter 'two' was deleted")
 def test_a_second_adapter_on_a_tied_model(name):
@@ -534,6 +537,7 @@ def test_a_second_adapter_on_a_tied_model(name):
     assert torch.equal(out(model, inputs), before)
 
 
+@pytest.mark.compat
 def test_a_second_file_on_a_tied_model(tmp_path):
     base = llama()
     model = trained(get_peft_model(copy.deepcopy(base), tokens(1, 3)))
@@ -544,6 +548,7 @@ def test_a_second_file_on_a_tied_model(tmp_path):
     assert torch.equal(other(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.compat
 def test_layers_on_a_common_weight_are_merged_in_any_order():
     model = trained(get_peft_model(llama(), tokens(1, 3)))
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
@@ -559,6 +564,7 @@ def test_layers_on_a_common_weight_are_merged_in_any_order():
             assert torch.equal(layers[0].weight, weight)
 
 
+@pytest.mark.compat
 def test_what_the_user_froze_stays_frozen():
     model = get_peft_model(llama(), tokens(1))
     model.base_model.set_requires_grad("default", False)
@@ -567,12 +573,14 @@ def test_what_the_user_froze_stays_frozen():
     assert trainable(model) == set()
 
 
+@pytest.mark.compat
 def test_listing_both_makes_one_tied_layer(recwarn):
     model = trained(get_peft_model(llama(), tokens(1, 3, target_modules=["embed_tokens", "lm_head"])))
     assert layer_of(model, "lm_head").tied_adapter is layer_of(model, "model.embed_tokens")
     assert not [warning for warning in recwarn if "tied" in str(warning.message)]
 
 
+@pytest.mark.compat
 def test_listing_both_on_an_untied_model_makes_two_layers(tmp_path):
     model = get_peft_model(llama(tie=False), tokens(1, 3, target_modules=["embed_tokens", "lm_head"]))
     assert trainable(model) == {
@@ -581,12 +589,14 @@ def test_listing_both_on_an_untied_model_makes_two_layers(tmp_path):
     assert layer_of(model, "lm_head").tied_adapter is None
 
 
+@pytest.mark.compat
 def test_listing_the_head_alone_on_a_tied_model():
     with pytest.warns(UserWarning, match=r"\['lm_head'\] are tied.*'model.embed_tokens'"):
         model = trained(get_peft_model(llama(), tokens(1, target_modules=["lm_head"])))
     assert type(layer_of(model, "model.embed_tokens")) is nn.Embedding
 
 
+@pytest.mark.compat
 @pytest.mark.filterwarnings("ignore:.*are tied")
 @pytest.mark.parametrize("first, second", [(None, ["lm_head"]), (["lm_head"], None)])
 def test_adapters_must_agree_on_whether_the_head_shares_rows(first, second):
@@ -598,6 +608,7 @@ def test_adapters_must_agree_on_whether_the_head_shares_rows(first, second):
     assert torch.equal(model(IDS).logits, before)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("kept", ["lm_head", "model.embed_tokens"])
 def test_a_file_may_have_the_common_rows_once(tmp_path, kept, recwarn):
     base = llama()
@@ -610,6 +621,7 @@ def test_a_file_may_have_the_common_rows_once(tmp_path, kept, recwarn):
     assert not [warning for warning in recwarn if "lack" in str(warning.message)]
 
 
+@pytest.mark.compat
 def test_an_index_outside_leaves_a_tied_model_as_it_was():
     base = llama()
     with pytest.raises(IndexError):
@@ -629,6 +641,7 @@ def wrapper_rows(model, adapter="default"):
     return model.base_model.model.get_input_embeddings().token_adapter.trainable_tokens_delta[adapter]
 
 
+@pytest.mark.compat
 def test_rows_beside_lora():
     base = llama()
     model = get_peft_model(copy.deepcopy(base), lora([1, 3]))
@@ -643,6 +656,7 @@ def test_rows_beside_lora():
     }
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("tie", [True, False])
 def test_merging_rows_beside_lora(tie, recwarn):
     base = llama(tie)
@@ -659,6 +673,7 @@ def test_merging_rows_beside_lora(tie, recwarn):
     assert (merged.lm_head.weight is merged.model.embed_tokens.weight) is tie
 
 
+@pytest.mark.compat
 def test_rows_of_several_tables_beside_lora():
     model = get_peft_model(llama(tie=False), lora({"embed_tokens": [1], "lm_head": [2, 3]}))
     assert {name for name in peft.get_peft_model_state_dict(model) if "tokens_delta" in name} == {
@@ -666,6 +681,7 @@ def test_rows_of_several_tables_beside_lora():
     }
 
 
+@pytest.mark.compat
 def test_different_rows_of_tied_tables_beside_lora():
     different = {"embed_tokens": [1], "lm_head": [2]}
     model = get_peft_model(llama(), lora(different))
@@ -676,6 +692,7 @@ def test_different_rows_of_tied_tables_beside_lora():
     assert same.base_model.model.lm_head.token_adapter.tied_adapter is not None
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(
     "options, error",
     [
@@ -695,6 +712,7 @@ def test_rows_that_cannot_train_beside_lora(options, error):
     assert not any(isinstance(module, BaseTunerLayer) for module in base.modules())
 
 
+@pytest.mark.compat
 @pytest.mark.filterwarnings("ignore:The active adapter 'two' was deleted")
 def test_two_adapters_with_rows_beside_lora():
     model = get_peft_model(llama(), lora([1, 3]), "one")

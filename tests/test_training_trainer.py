@@ -22,7 +22,9 @@ from training import (
     values,
 )
 from transformers import (
+    BertForQuestionAnswering,
     BertForSequenceClassification,
+    BertForTokenClassification,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
@@ -33,15 +35,19 @@ from transformers import (
 from peft import (
     AdaLoraConfig,
     IA3Config,
+    LoHaConfig,
     LoraConfig,
     OFTConfig,
     PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
     PromptTuningConfig,
     TrainableTokensConfig,
     VeraConfig,
     get_peft_model,
     get_peft_model_state_dict,
 )
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 
 pytestmark = pytest.mark.compat
 
@@ -60,8 +66,14 @@ def arguments(folder, cls=TrainingArguments, **options):
     return cls(str(folder), **{**defaults, **options})
 
 
-def train(model, folder, callbacks=(), resume=None, data=None, **options):
-    trainer = Trainer(model, arguments(folder, **options), train_dataset=data or rows(), callbacks=list(callbacks))
+def train(model, folder, callbacks=(), resume=None, data=None, optimizer=None, **options):
+    trainer = Trainer(
+        model,
+        arguments(folder, **options),
+        train_dataset=data or rows(),
+        callbacks=list(callbacks),
+        optimizers=(optimizer, None),
+    )
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return trainer
 
@@ -222,6 +234,21 @@ def test_checkpointing_changes_no_gradient(name, reentrant, tmp_path):
     assert any(gradient.abs().sum() > 0 for gradient in found.values())
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize(
+    "base, task", [(llama, "CAUSAL_LM"), (bert(BertForSequenceClassification), "SEQ_CLS"), (t5, "SEQ_2_SEQ_LM")]
+)
+def test_a_prefix_is_not_left_out_of_checkpointed_layers(base, task, reentrant, tmp_path):
+    """Where transformers would drop it, with a line in the log or none, the first step says so."""
+    model = get_peft_model(base(), PrefixTuningConfig(task_type=task, num_virtual_tokens=3))
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    data = labelled(task) if task == "SEQ_CLS" else rows()
+    with pytest.raises(ValueError, match="PREFIX_TUNING does not work with gradient checkpointing"):
+        train(model, tmp_path, data=data, **options)
+    model.base_model.gradient_checkpointing_disable()
+    train(model, tmp_path, data=data, max_steps=1)
+
+
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     whole = gradients(adapted("LoRA with a copy").eval(), tmp_path, per_device_train_batch_size=4)
     parts = gradients(
@@ -244,6 +271,108 @@ def test_autocast_to_bfloat16(name, dtype, tmp_path):
         if parameter.requires_grad:
             assert parameter.dtype == (dtype if "modules_to_save" in key else torch.float32)
     assert all(torch.isfinite(torch.tensor(losses(trainer))))
+
+
+# ------------------------------------------------------------------------------------------- what a Trainer can be told
+
+
+OPTIMIZERS = {
+    "LoRA+": (lambda model: create_loraplus_optimizer(model, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=4.0), LORA),
+    "LoRA-FA": (
+        lambda model: create_lorafa_optimizer(model, r=2, lora_alpha=8, lr=0.01),
+        {name for name in LORA if name.endswith("B")},
+    ),
+    "Riemannian": (lambda model: create_riemannian_optimizer(model, torch.optim.AdamW, lr=0.01), LORA),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_of_this_library_go_on_as_others_do(name, tmp_path):
+    make, expected = OPTIMIZERS[name]
+    model = adapted("LoRA")
+    before = values(model)
+    train(model, tmp_path, optimizer=make(model), save_strategy="steps", save_steps=2)
+    assert kinds(changed(before, model)) == {f"{key}.default.weight" for key in expected}
+    again = adapted("LoRA", seed=1)
+    train(again, tmp_path / "again", optimizer=make(again), resume=tmp_path / "checkpoint-2")
+    assert_equal(get_peft_model_state_dict(again), get_peft_model_state_dict(model))
+
+
+def test_a_checkpoint_of_the_adapter_alone(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "save_only_model": True}
+    train(adapted("LoRA"), tmp_path, **options)
+    assert files(tmp_path) == {"checkpoint-3", "checkpoint-4"}
+    assert files(tmp_path / "checkpoint-4") == IN_CHECKPOINT | {"trainer_state.json", "training_args.bin"}
+
+
+NOISY = {
+    "LoRA": lora(),
+    "LoRA in the embedding": lora(target_modules=["embed_tokens"]),
+    "a copy of the embedding": lora(modules_to_save=["embed_tokens"]),
+    "token rows": lora(trainable_token_indices=[5, 6]),
+    "prompt tuning": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_noise_on_the_embeddings(name, tmp_path):
+    """NEFTune: in training alone, whatever is adapted there."""
+
+    def first_loss(**options):
+        torch.manual_seed(0)
+        model = get_peft_model(llama(), copy.deepcopy(NOISY[name]))
+        trainer = train(model, tmp_path, max_steps=1, **options)
+        assert trainer.evaluate(rows(2)) is not None
+        ids = rows(2)[0]["input_ids"][None]
+        assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+        return losses(trainer)[0]
+
+    assert first_loss(neftune_noise_alpha=50.0) != first_loss()
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_smoothed_labels_are_shifted_as_for_the_base_model(mixed, tmp_path):
+    """The Trainer looks at the class of the model inside."""
+
+    def first_loss(model, **options):
+        return losses(train(model, tmp_path, max_steps=1, **options))[0]
+
+    base, options = llama(), {"label_smoothing_factor": 0.1}
+    model = get_peft_model(copy.deepcopy(base), lora(), mixed=mixed)
+    found = first_loss(model, **options)
+    assert found == first_loss(copy.deepcopy(base), **options) != first_loss(base)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_saved_as_itself(tmp_path):
+    expected = adapted("LoRA with a copy")
+    train(expected, tmp_path, max_steps=1)
+    model = adapted("LoRA with a copy")
+    options = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 1}
+    train(model, tmp_path, save_strategy="steps", save_steps=1, **options)
+    assert_equal(get_peft_model_state_dict(model), get_peft_model_state_dict(expected))
+    assert_equal(in_file(tmp_path / "checkpoint-1"), get_peft_model_state_dict(expected))
+
+
+def test_several_methods_at_once(tmp_path):
+    """A PeftMixedModel has no adapter files, so the Trainer writes and reads all of the model."""
+
+    def make(seed):
+        torch.manual_seed(0)
+        base = llama()
+        torch.manual_seed(seed)
+        model = get_peft_model(base, lora(), mixed=True)
+        model.add_adapter("other", LoHaConfig(target_modules=["k_proj"], r=2))
+        model.set_adapter(["default", "other"])
+        return model
+
+    straight, resumed = make(0), make(1)
+    before = values(straight)
+    train(straight, tmp_path, save_strategy="steps", save_steps=2)
+    assert changed(before, straight) == trainable(straight)
+    assert "model.safetensors" in files(tmp_path / "checkpoint-2")
+    train(resumed, tmp_path / "again", resume=tmp_path / "checkpoint-2")
+    assert_equal(values(resumed), values(straight))
 
 
 # ------------------------------------------------------------------------------------------------------------ evaluation
@@ -289,6 +418,46 @@ def test_the_best_adapter_is_loaded_at_the_end(name, tmp_path):
     before = values(model)
     train(model, tmp_path, max_steps=2)
     assert kinds(changed(before, model)) == METHODS[name][2]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8),
+    ],
+    ids=["P-tuning", "projected prefix"],
+)
+def test_the_best_prompt_of_a_network(config, tmp_path):
+    """A file has the prompt, not the network that computed it; the network goes on from that prompt."""
+    model = get_peft_model(llama(), copy.deepcopy(config))
+    before = trainable(model)
+    train_for_the_best(model, tmp_path, best=2)
+    best = in_file(tmp_path / "checkpoint-2")
+    assert_equal(get_peft_model_state_dict(model), best)
+    assert trainable(model) == before and len(before) > 1
+    train(model, tmp_path, max_steps=1)
+    assert not torch.equal(get_peft_model_state_dict(model)["prompt_embeddings"], best["prompt_embeddings"])
+
+
+def test_going_on_with_an_adapter_of_another_name(tmp_path):
+    def make(seed):
+        torch.manual_seed(0)
+        base = llama()
+        torch.manual_seed(seed)
+        return get_peft_model(base, lora(lora_dropout=0.2), adapter_name="mine")
+
+    straight, resumed = make(0), make(1)
+    train(straight, tmp_path, save_strategy="steps", save_steps=2)
+    checkpoint = tmp_path / "checkpoint-2"
+    assert files(checkpoint) == {"README.md", "mine"} | OF_THE_RUN
+    assert files(checkpoint / "mine") == {WEIGHTS, CONFIG}
+    train(resumed, tmp_path / "again", resume=checkpoint)
+    assert_equal(
+        get_peft_model_state_dict(resumed, adapter_name="mine"),
+        get_peft_model_state_dict(straight, adapter_name="mine"),
+    )
+    assert list(resumed.peft_config) == ["mine"]
 
 
 def test_the_best_of_several_adapters_is_the_one_of_its_name(tmp_path):
@@ -371,33 +540,51 @@ def test_the_model_card(tmp_path):
 # --------------------------------------------------------------------------------------------------------- other models
 
 
-def labelled(number=8, tokens=6):
-    return [{**row, "labels": torch.tensor(index % 3)} for index, row in enumerate(rows(number, tokens, labels=False))]
+def labelled(task):
+    data = rows(8, 6, labels=False)
+    for index, row in enumerate(data):
+        if task == "QUESTION_ANS":
+            row |= {"start_positions": torch.tensor(index % 3), "end_positions": torch.tensor(3 + index % 3)}
+        else:
+            row["labels"] = row["input_ids"] % 2 if task == "TOKEN_CLS" else torch.tensor(index % 2)
+    return data
 
 
-@pytest.mark.parametrize(
-    "config, adapter",
-    [
-        (LoraConfig(target_modules=["query"]), {"attention.self.query.lora_A.default.weight"}),
-        (IA3Config(target_modules=["key"], feedforward_modules=[]), {"attention.self.key.ia3_l.default"}),
-        (PromptTuningConfig(num_virtual_tokens=3), {"prompt_encoder.default.embedding.weight"}),
-    ],
-    ids=["LoRA", "IA3", "prompt tuning"],
-)
-def test_a_classifier_is_trained_with_its_head(config, adapter, tmp_path):
-    config.task_type = "SEQ_CLS"
-    base = bert(BertForSequenceClassification)()
+HEADS = {
+    "SEQ_CLS": (BertForSequenceClassification, "classifier", ["labels"]),
+    "TOKEN_CLS": (BertForTokenClassification, "classifier", ["labels"]),
+    "QUESTION_ANS": (BertForQuestionAnswering, "qa_outputs", ["start_positions", "end_positions"]),
+}
+ON_BERT = {
+    "LoRA": (LoraConfig(target_modules=["query"]), "attention.self.query.lora_A.default.weight"),
+    "IA3": (IA3Config(target_modules=["key"], feedforward_modules=[]), "attention.self.key.ia3_l.default"),
+    "prompt tuning": (PromptTuningConfig(num_virtual_tokens=3), "prompt_encoder.default.embedding.weight"),
+    "prefix tuning": (PrefixTuningConfig(num_virtual_tokens=3), "prompt_encoder.default.embedding.weight"),
+}
+
+
+@pytest.mark.parametrize("task", HEADS)
+@pytest.mark.parametrize("name", ON_BERT)
+def test_a_head_is_trained_beside_the_adapter(task, name, tmp_path):
+    cls, head, labels = HEADS[task]
+    config, adapter = copy.deepcopy(ON_BERT[name])
+    config.task_type = task
+    base = bert(cls, num_labels=2)()
     model = get_peft_model(copy.deepcopy(base), config)
     before = values(model)
-    trainer = train(model, tmp_path, data=labelled(), max_steps=3, save_strategy="steps", save_steps=3)
+    trainer = train(model, tmp_path, data=labelled(task), max_steps=3, save_strategy="steps", save_steps=3)
     assert changed(before, model) == trainable(model)
-    head = {name for name in trainable(model) if "classifier.modules_to_save.default" in name}
-    assert {name.rpartition(".")[2] for name in head} == {"weight", "bias"}
-    assert all(any(name.endswith(end) for name in trainable(model)) for end in adapter)
-    predicted = torch.tensor(trainer.predict(labelled()).predictions)
+    copies = {key for key in trainable(model) if f"{head}.modules_to_save.default" in key}
+    assert {key.rpartition(".")[2] for key in copies} == {"weight", "bias"}
+    assert any(key.endswith(adapter) for key in trainable(model))
+    assert trainer.label_names == labels and trainer.evaluate(labelled(task))["eval_loss"] > 0
+    predicted = trainer.predict(labelled(task)).predictions
     again = PeftModel.from_pretrained(base, tmp_path / "checkpoint-3")
-    ids = torch.stack([row["input_ids"] for row in labelled()])
-    torch.testing.assert_close(again(input_ids=ids).logits, predicted)
+    ids = torch.stack([row["input_ids"] for row in labelled(task)])
+    with torch.no_grad():
+        expected = again(input_ids=ids).to_tuple()
+    for found, value in zip(predicted if task == "QUESTION_ANS" else [predicted], expected):
+        torch.testing.assert_close(torch.tensor(found), value)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import types
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,16 +45,21 @@ from trl import (
     GRPOTrainer,
     KTOConfig,
     KTOTrainer,
+    ModelConfig,
     RewardConfig,
     RewardTrainer,
     RLOOConfig,
     RLOOTrainer,
     SFTConfig,
     SFTTrainer,
+    get_peft_config,
 )
 from trl.generation.vllm_generation import VLLMGeneration
 
+import peft
 from peft import (
+    AutoPeftModelForCausalLM,
+    CPTConfig,
     IA3Config,
     LoraConfig,
     PeftModel,
@@ -71,7 +78,12 @@ disable_progress_bars()
 SPECIAL = ["<pad>", "<s>", "</s>"]
 LETTERS = list("abcdefghijklmnopqrstuvwxyz .?")
 VOCAB = len(SPECIAL) + len(LETTERS)
-CHAT = "{% for m in messages %}{{ m['role'] }}.{{ m['content'] }}</s>{% endfor %}"
+ANSWER = "{% generation %}{{ m['content'] }}</s>{% endgeneration %}"
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }}.{% if m['role'] == 'assistant' %}"
+    + ANSWER
+    + "{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
+)
 
 
 def tokenizer():
@@ -109,6 +121,11 @@ DATA = {
     "text": [{"text": text} for text in TEXTS],
     "pairs": [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in PAIRS],
     "prompts": [{"prompt": prompt} for prompt, _, _ in PAIRS],
+    "answers": [{"prompt": prompt, "completion": answer} for prompt, answer, _ in PAIRS],
+    "chats": [
+        {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+        for prompt, answer, _ in PAIRS
+    ],
     "judged": [
         {"prompt": prompt, "completion": answer, "label": good}
         for prompt, *answers in PAIRS
@@ -132,7 +149,7 @@ TRAINERS = {
 }
 
 
-def trainer_for(name, model, folder, config=None, data=None, callbacks=None, **options):
+def trainer_for(name, model, folder, config=None, data=None, callbacks=None, more=None, **options):
     cls, args_cls, default_data, own, inputs = TRAINERS[name]
     defaults = {
         "use_cpu": True,
@@ -152,7 +169,7 @@ def trainer_for(name, model, folder, config=None, data=None, callbacks=None, **o
         processing_class=tokenizer(),
         peft_config=config,
         callbacks=callbacks,
-        **inputs,
+        **{**inputs, **(more or {})},
     )
 
 
@@ -258,6 +275,88 @@ def test_a_reward_model_is_trained_with_its_head(config, expected, ready, tmp_pa
 def test_an_adapted_head_is_refused_by_trl(name, tmp_path):
     with pytest.raises(ValueError, match="lm_head"):
         trainer_for(name, llama(), tmp_path, lora(target_modules=["lm_head"]))
+
+
+def test_one_target_module_on_the_command_line_of_trl(tmp_path):
+    """It arrives as a string, and so as a regular expression: the error shows what was meant."""
+    config = get_peft_config(ModelConfig(use_peft=True, lora_target_modules=["q_proj"], lora_r=2))
+    with pytest.raises(ValueError, match=r"regular expression for whole names; for their ends, pass \['q_proj'\]"):
+        trainer_for("SFT", llama(), tmp_path, config)
+    options = {"lora_target_modules": ["q_proj", "v_proj"], "use_dora": True, "lora_modules_to_save": ["lm_head"]}
+    config = get_peft_config(ModelConfig(use_peft=True, lora_r=2, **options))
+    dora = {f"self_attn.{layer}_proj.lora_{part}.default.weight" for layer in "qv" for part in ("A", "B")}
+    dora |= {f"self_attn.{layer}_proj.lora_magnitude_vector.default.weight" for layer in "qv"}
+    train_and_compare(trainer_for("SFT", llama(), tmp_path, config), dora | {"lm_head.modules_to_save.default.weight"})
+
+
+WAYS = {
+    "texts": ("text", {}),
+    "answers": ("answers", {}),
+    "answers in chats": ("chats", {"assistant_only_loss": True}),
+    "packed": ("text", {"packing": True, "max_length": 16}),
+    "weighted by probability": ("text", {"loss_type": "dft"}),
+    "bfloat16": ("text", {"bf16": True}),
+    "smoothed labels": ("text", {"label_smoothing_factor": 0.1}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_adapter_that_changes_nothing_starts_at_the_loss_of_the_base_model(way, tmp_path):
+    data, options = WAYS[way]
+    options = {**options, "data": DATA[data], "max_steps": 2}
+    plain = trainer_for("SFT", llama(), tmp_path, **options)
+    adapted = trainer_for("SFT", llama(), tmp_path, lora(), **options)
+    for trainer in (plain, adapted):
+        trainer.train()
+    assert losses(adapted)[0] == losses(plain)[0] and losses(adapted)[1] != losses(plain)[1]
+
+
+def test_a_loss_of_its_own_is_refused(tmp_path):
+    """trl's output layer gives a loss and no logits, from which a context's loss could be computed."""
+    config = CPTConfig(
+        task_type="CAUSAL_LM", cpt_token_ids=[3, 4, 5], cpt_mask=[1, 1, 1], cpt_tokens_type_mask=[1, 2, 2]
+    )
+    for name in ("SFT", "DPO"):
+        with pytest.raises(ValueError, match="CPT computes its own loss, from logits.*transformers' Trainer"):
+            trainer_for(name, llama(), tmp_path, copy.deepcopy(config)).train()
+
+
+QUIET = {
+    "SFT from a configuration": ("SFT", lora(modules_to_save=["lm_head"]), False),
+    "DPO": ("DPO", lora(), True),
+    "DPO with a prefix": ("DPO", PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), True),
+    "GRPO with a prompt": ("GRPO", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), True),
+    "reward": ("reward", LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], r=2), True),
+}
+
+
+@pytest.mark.parametrize("case", QUIET)
+def test_there_is_nothing_to_warn_of(case, tmp_path):
+    """trl itself names an adapter "ref", and its generation passes positions."""
+    name, config, ready = QUIET[case]
+    base = llama(LlamaForSequenceClassification, num_labels=1) if name == "reward" else llama()
+    config = copy.deepcopy(config)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        model = get_peft_model(base, config) if ready else base
+        options = {"gradient_checkpointing": not config.peft_type == "PREFIX_TUNING", "save_strategy": "steps"}
+        trainer = trainer_for(name, model, tmp_path, None if ready else config, **options, save_steps=2)
+        trainer.train()
+    ours = Path(peft.__file__).parent
+    assert [str(warning.message) for warning in seen if ours in Path(warning.filename).parents] == []
+    assert IN_CHECKPOINT <= files(tmp_path / "checkpoint-2")
+
+
+def test_an_adapted_model_that_gives_rewards(tmp_path):
+    judge = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], r=2, init_lora_weights=False)
+    judge = get_peft_model(llama(LlamaForSequenceClassification, num_labels=1), judge)
+    before = values(judge)
+    more = {"reward_funcs": judge, "reward_processing_classes": tokenizer()}
+    trainer = trainer_for("GRPO", llama(), tmp_path, lora(modules_to_save=["lm_head"]), more=more)
+    train_and_compare(trainer, CONFIGS["LoRA with a copy"][1])
+    assert changed(before, judge) == set()
+    assert all(parameter.grad is None for parameter in judge.parameters())
+    assert trainer.state.log_history[0]["reward"] != 0
 
 
 TIED = {
@@ -490,6 +589,47 @@ def test_a_saved_adapter_is_loaded_and_trained_on(tmp_path):
     ids = tokenizer()("the cat", return_tensors="pt")["input_ids"]
     assert torch.equal(loaded.eval()(input_ids=ids).logits, straight.model.eval()(input_ids=ids).logits)
     train_and_compare(trainer_for("SFT", loaded, tmp_path), CONFIGS["LoRA with a copy"][1])
+
+
+def test_from_the_folder_of_a_model(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    trainer = trainer_for("SFT", str(tmp_path / "base"), tmp_path, lora(target_modules="all-linear"))
+    trainer.train()
+    trainer.save_model(tmp_path / "adapter")
+    tokens = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert files(tmp_path / "adapter") == IN_CHECKPOINT | tokens | {"training_args.bin"}
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert again.active_peft_config.base_model_name_or_path == str(tmp_path / "base")
+    ids = tokenizer()("the cat", return_tensors="pt")["input_ids"]
+    expected = trainer.model.eval()(input_ids=ids).logits
+    assert torch.equal(again(input_ids=ids).logits, expected)
+    again.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(input_ids=ids).logits, expected)
+
+
+def test_the_best_adapter_beside_its_reference(tmp_path):
+    model = moved(get_peft_model(llama(), lora(modules_to_save=["lm_head"])))
+    reference = saved(model)
+    options = {
+        "save_strategy": "steps",
+        "eval_strategy": "steps",
+        "save_steps": 1,
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        "greater_is_better": True,  # of the loss, which falls: the first step is the best
+        "max_steps": 3,
+    }
+    trainer = trainer_for("DPO", model, tmp_path, more={"eval_dataset": Dataset.from_list(DATA["pairs"])}, **options)
+    trainer.train()
+    best, last = Path(trainer.state.best_model_checkpoint), tmp_path / "checkpoint-3"
+    assert best.name == "checkpoint-1"
+    assert_equal(saved(model), in_file(best))
+    assert not any(torch.equal(value, in_file(last)[key]) for key, value in in_file(best).items())
+    assert_equal(get_peft_model_state_dict(model, adapter_name="ref"), reference)
+    assert_equal(in_file(last / "ref"), reference)
+    assert model.active_adapters == ["default"] and kinds(trainable(model)) == CONFIGS["LoRA with a copy"][1]
 
 
 def test_the_reference_is_saved_and_comes_back(tmp_path):

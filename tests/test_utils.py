@@ -179,6 +179,7 @@ def units(model):
     return {name for name, module in modules if policy(module=module, recurse=False, nonwrapped_numel=0)}
 
 
+@pytest.mark.compat
 def test_trainable_leaves_and_blocks_are_units():
     model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
     blocks = {f"base_model.model.model.layers.{i}" for i in range(2)}
@@ -186,12 +187,14 @@ def test_trainable_leaves_and_blocks_are_units():
     assert units(model) == blocks | factors
 
 
+@pytest.mark.compat
 def test_prompt_encoders_are_units():
     model = get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     encoders = {name for name, module in model.named_modules() if isinstance(module, PromptEmbedding)}
     assert encoders and encoders <= units(model)
 
 
+@pytest.mark.compat
 def test_blocks_can_be_named(monkeypatch):
     model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
     monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaMLP,LlamaRMSNorm")
@@ -202,6 +205,7 @@ def test_blocks_can_be_named(monkeypatch):
         fsdp_auto_wrap_policy(model)
 
 
+@pytest.mark.compat
 def test_the_policy_can_be_sent_to_other_processes():
     import pickle
 

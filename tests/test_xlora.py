@@ -299,6 +299,7 @@ def test_layers_that_cannot_be_weighted_are_refused(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- language models
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(
     ("make", "targets"), [(llama, ["q_proj", "v_proj"]), (gpt2, ["c_attn"])], ids=["llama", "gpt2"]
 )
@@ -324,6 +325,7 @@ def test_language_models_of_any_architecture(make, targets, tmp_path):
     assert_close(again(input_ids=IDS).logits, output.logits)
 
 
+@pytest.mark.compat
 def test_an_output_layer_may_have_experts(tmp_path):
     source = save_expert(tmp_path / "e", llama(), target_modules=["lm_head"])
     model = get_peft_model(llama(), config({"e": source}, task_type="CAUSAL_LM")).eval()
@@ -355,6 +357,7 @@ def test_the_model_can_be_called_without_the_wrapper(experts):
     assert model.base_model.get_latest_scalings() is None
 
 
+@pytest.mark.compat
 def test_a_cache_is_refused(experts, tmp_path):
     with pytest.raises(ValueError, match="Set model.config.use_cache to False"):
         get_peft_model(llama(use_cache=True), config(experts))
@@ -426,6 +429,7 @@ def test_inference_mode_and_back(experts):
     assert trainable(model) == before and model.active_adapters == ["default"]
 
 
+@pytest.mark.compat
 def test_gradient_checkpointing_gives_the_same_gradient(tmp_path):
     source = save_expert(tmp_path / "e", llama(), target_modules=["q_proj", "v_proj", "down_proj"])
     gradients = []
@@ -629,6 +633,7 @@ def test_copies_that_other_releases_saved_serve_if_they_are_whole(movable, tmp_p
     assert type(base.first) is nn.Linear and all(parameter.requires_grad for parameter in base.parameters())
 
 
+@pytest.mark.compat
 def test_auto_classes_load_it(tmp_path):
     llama().save_pretrained(tmp_path / "base")
     source = save_expert(tmp_path / "e", llama(), target_modules=["q_proj"])

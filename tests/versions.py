@@ -22,7 +22,7 @@ def lacking(package: str, oldest: str, why: str) -> str | None:
         return f"{package} is not installed"
     if Version(found) >= Version(oldest):
         return None
-    return f"{package} {found} {why}; {oldest} is the first that does"
+    return f"{package} {found} {why}; {oldest} or newer is needed"
 
 
 def needs(package: str, oldest: str, why: str) -> pytest.MarkDecorator:

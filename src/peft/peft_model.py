@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -329,11 +329,9 @@ class PeftModel(PushToHubMixin, ForwardsAttributes, nn.Module):
 
     # ------------------------------------------------------------------------------------------------------------ forward
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         hooks = getattr(self.base_model, "_enable_peft_forward_hooks", None)
-        with hooks(*args, **kwargs) if hooks is not None and not self._adapters_disabled else nullcontext():
-            yield
+        return nullcontext() if hooks is None or self._adapters_disabled else hooks(*args, **kwargs)
 
     def _without_special(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in kwargs.items() if key not in self.special_peft_forward_args}

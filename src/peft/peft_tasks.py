@@ -223,13 +223,27 @@ class _GeneratingModel(_TaskModel):
         super().__init__(model, peft_config, adapter_name, **kwargs)
         self.base_model_prepare_inputs_for_generation = self.get_base_model().prepare_inputs_for_generation
 
+    def _generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        task_ids = None
+        if self._uses_prompt:
+            kwargs = PromptInputs(self).generation_arguments(kwargs)
+            if kwargs.get("assistant_model") is not None:  # which is given all arguments, and does not know this one
+                task_ids = kwargs.pop("task_ids", None)
+        with self._generation(task_ids), self._enable_peft_forward_hooks(*args, **kwargs):
+            return self.base_model.generate(*args, **self._without_special(kwargs))
+
     @contextmanager
-    def _generation(self) -> Iterator[None]:
-        """Context in which the base model prepares its inputs through this class, prompt included."""
+    def _generation(self, task_ids: torch.Tensor | None = None) -> Iterator[None]:
+        """Context in which the base model prepares its inputs through this class, prompt included.
+
+        Args:
+            task_ids: (batch,), of steps that are not given any.
+        """
         base = self.get_base_model()
         if hasattr(self, "generation_config"):
             base.generation_config = self.generation_config
-        prepare = _announced_as(self.prepare_inputs_for_generation, base.prepare_inputs_for_generation)
+        prepare = functools.partial(self.prepare_inputs_for_generation, task_ids=task_ids)
+        prepare = _announced_as(prepare, base.prepare_inputs_for_generation)
         with replaced(base, "prepare_inputs_for_generation", prepare):
             if not self._uses_prompt:
                 yield
@@ -309,10 +323,7 @@ class PeftModelForCausalLM(_GeneratingModel):
 
     def generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Generate with the active adapters; arguments of the base model's generate, and `adapter_names`."""
-        if self._uses_prompt:
-            kwargs = PromptInputs(self).generation_arguments(kwargs)
-        with self._generation(), self._enable_peft_forward_hooks(*args, **kwargs):
-            return self.base_model.generate(*args, **self._without_special(kwargs))
+        return self._generate(*args, **kwargs)
 
 
 class PeftModelForSeq2SeqLM(_GeneratingModel):
@@ -353,7 +364,4 @@ class PeftModelForSeq2SeqLM(_GeneratingModel):
 
     def generate(self, **kwargs: Any) -> torch.Tensor:
         """Generate with the active adapters; arguments of the base model's generate, and `adapter_names`."""
-        if self._uses_prompt:
-            kwargs = PromptInputs(self).generation_arguments(kwargs)
-        with self._generation(), self._enable_peft_forward_hooks(**kwargs):
-            return self.base_model.generate(**self._without_special(kwargs))
+        return self._generate(**kwargs)

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .utils.caches import CACHE_NAMES, cache_argument, cache_in, cached_length, is_encoder_decoder, takes
+from .utils.caches import (
+    CACHE_NAMES,
+    cache_argument,
+    cache_in,
+    cache_name_in,
+    cached_length,
+    is_encoder_decoder,
+    takes,
+)
 from .utils.modules import _get_batch_size
 from .utils.prompts import IGNORED, shift_tokens_right
 
@@ -77,16 +85,25 @@ class PromptInputs:
             extra: further arguments.
 
         Raises:
-            ValueError: neither input_ids nor inputs_embeds, or an attention mask that is not (batch, tokens).
+            ValueError: neither input_ids nor inputs_embeds; an attention mask that is not (batch, tokens); or no logits for
+                an encoder that computes the loss from them.
         """
         own = {name: extra[name] for name in self._for_loss() if name in extra}
         arguments = {**inputs, **self.model._without_special(extra)}
         labels = arguments["labels"] if self.encoder.computes_loss and "labels" in arguments else None
         if labels is not None:
+            self._check_for_logits(arguments)
             arguments["labels"] = None
         self._put_in(arguments, task_ids)
         output = self._call(arguments)
         return output if labels is None else _with_loss(output, self.encoder.loss(_logits(output), labels, **own))
+
+    def _check_for_logits(self, arguments: Arguments) -> None:
+        if arguments.get("fused_lm_head"):  # trl's, which leads to a loss and log-probabilities alone
+            raise ValueError(
+                f"{self.config.peft_type.value} computes its own loss, from logits, and with fused_lm_head=True the base "
+                "model gives none. trl's trainers pass that; train with transformers' Trainer instead."
+            )
 
     def _for_loss(self) -> tuple[str, ...]:
         return self.encoder.own_arguments + self.encoder.loss_arguments
@@ -168,7 +185,7 @@ class PromptInputs:
     def _call(self, arguments: Arguments) -> Any:
         """The base model's output. What a head does not let through reaches the transformer below all the same."""
         base = self.model.base_model
-        name = next((name for name in CACHE_NAMES if name in arguments), None)
+        name = cache_name_in(arguments)
         if name is None or self._backbone is None or takes(base.forward, name):
             return base(**arguments)
         cache = {name: arguments.pop(name)}
@@ -206,7 +223,8 @@ class PromptInputs:
             arguments: those of the wrapper's generate.
 
         Raises:
-            ValueError: a model with two stacks, and neither input_ids nor inputs_embeds.
+            ValueError: a model with two stacks, and neither input_ids nor inputs_embeds, or an assistant whose encoder
+                cannot see the prompt.
         """
         arguments = dict(arguments)
         if not self.encoder.takes_task_ids:
@@ -216,8 +234,15 @@ class PromptInputs:
             self._drop(arguments, "token_type_ids")
         if not self.model.has_two_stacks:
             return arguments
+        if arguments.get("inputs") is not None:  # the name that generate has for the main input of any model
+            arguments[INPUT.ids] = arguments.pop("inputs")
         batch_size = _get_batch_size(arguments.get("input_ids"), arguments.get("inputs_embeds"))
         if not self.encoder.fills_cache:
+            if arguments.get("assistant_model") is not None:
+                raise ValueError(
+                    f"The embeddings of a {self.config.peft_type.value} prompt cannot be handed to an assistant_model "
+                    "with an encoder of its own. Let prompt_lookup_num_tokens draft tokens, or generate without drafts."
+                )
             if arguments.pop("encoder_outputs", None) is not None:
                 warnings.warn("encoder_outputs are left out and computed again: the prompt has to be in them.")
             prompt = self.prompts.embeddings(batch_size, arguments.get("task_ids"))

@@ -22,7 +22,17 @@ from .engine.encoders import BasePromptEncoder, PromptEncoders
 from .engine.injection import Injection, adopt
 from .engine.lifecycle import AdapterHolder, holders_of, set_trains
 from .engine.offload import execution_device
-from .engine.sharding import below, gathered, is_flattened, reshard, unwrapped, with_values, without_wrappers
+from .engine.sharding import (
+    below,
+    gathered,
+    is_flattened,
+    reshard,
+    several_processes,
+    unhooked,
+    unwrapped,
+    with_values,
+    without_wrappers,
+)
 from .engine.state import AdapterState, LoadResult, check_dtype, check_finite
 from .engine.tuner import places_of
 from .engine.undo import Undo
@@ -275,7 +285,7 @@ class PromptLearning:
         reshard(self.model)
         if state_dict is None:
             with gathered(encoder):
-                return _tensors_to_save(encoder, tokens)
+                return _tensors_to_save(unhooked(encoder) if several_processes() else encoder, tokens)
         prefix = f"{ENCODERS}.{adapter_name}."
         given = below({without_wrappers(key): value for key, value in state_dict.items()}, prefix)
         if not given:  # not the process that has them

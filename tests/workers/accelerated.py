@@ -19,6 +19,9 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import load_fsdp_model, save_fsdp_model
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.other import fsdp_auto_wrap_policy
 from workers.recipes import (
     RECIPES,
     adapted,
@@ -34,9 +37,6 @@ from workers.recipes import (
     train,
     values,
 )
-
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.other import fsdp_auto_wrap_policy
 
 BLOCK = "LlamaDecoderLayer"
 
@@ -105,7 +105,10 @@ def trained_saved_and_loaded(recipe: str, folder: Path, **fsdp: Any) -> None:
 
 
 # torch does not load a whole state dict into a spread model in which a module has two names.
-TWO_NAMES = {"tied token rows": "lm_head.token_adapter.trainable_tokens_delta.default", "prompt": "word_embeddings.weight"}
+TWO_NAMES = {
+    "tied token rows": "lm_head.token_adapter.trainable_tokens_delta.default",
+    "prompt": "word_embeddings.weight",
+}
 TWO_NAMES["prefix"] = TWO_NAMES["prompt"]
 
 

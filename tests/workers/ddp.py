@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from torch.nn.parallel import DistributedDataParallel
+
+import peft
 from workers.recipes import (
     QUICK,
     RECIPES,
@@ -26,8 +28,6 @@ from workers.recipes import (
     values,
     with_second,
 )
-
-import peft
 
 
 def quick(folder: Path) -> list[str]:

@@ -11,6 +11,9 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+
+import peft
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from workers.recipes import (
     BIASED,
     PROMPTS,
@@ -35,9 +38,6 @@ from workers.recipes import (
     values,
     with_second,
 )
-
-import peft
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 
 def spread(model: nn.Module, **options: object) -> nn.Module:
@@ -189,7 +189,9 @@ def deleted(recipe: str) -> None:
     reference, model = with_second(recipe), used(spread(with_second(recipe)))
     if recipe in ("token rows", "tied token rows", "embedding"):
         before = all_values(model)
-        with pytest.raises(RuntimeError, match="'default' cannot be deleted while fully_shard.* of model.embed_tokens"):
+        with pytest.raises(
+            RuntimeError, match="'default' cannot be deleted while fully_shard.* of model.embed_tokens"
+        ):
             model.delete_adapter("default")
         assert set(model.peft_config) == {"default", "other"}
         assert_alike(all_values(model), before, exact=True)
@@ -266,7 +268,9 @@ def added_too_late(folder: Path) -> None:
         model.set_adapter("late")
         same_logits(model, trained)
         if recipe == "copies":
-            with pytest.warns(UserWarning, match="'later' was added to a model that fully_shard.* for inference, or add"):
+            with pytest.warns(
+                UserWarning, match="'later' was added to a model that fully_shard.* for inference, or add"
+            ):
                 model.add_adapter("later", lora())
             used(model).delete_adapter("late")
     for option in ("pissa", "olora"):
@@ -277,7 +281,9 @@ def added_too_late(folder: Path) -> None:
             model.add_adapter("late", lora(init_lora_weights=option))
         model.set_adapter("late")
         torch.testing.assert_close(logits_of(model), logits_of(reference), rtol=1e-4, atol=1e-4)
-        assert all(isinstance(parameter, DTensor) for name, parameter in model.named_parameters() if "base_layer" in name)
+        assert all(
+            isinstance(parameter, DTensor) for name, parameter in model.named_parameters() if "base_layer" in name
+        )
 
 
 def shared_weights_are_not_merged() -> None:
@@ -285,8 +291,11 @@ def shared_weights_are_not_merged() -> None:
     spread(model)
     before = all_values(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(RuntimeError, match="model.embed_tokens cannot be merged .* and base_model.*lm_head.weight|"
-                           "model.embed_tokens cannot be merged .*lm_head.weight"):
+        with pytest.raises(
+            RuntimeError,
+            match="model.embed_tokens cannot be merged .* and base_model.*lm_head.weight|"
+            "model.embed_tokens cannot be merged .*lm_head.weight",
+        ):
             merge()
     assert_alike(all_values(model), before, exact=True)
     assert isinstance(model, FSDPModule)

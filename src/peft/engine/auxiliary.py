@@ -298,7 +298,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
             )
         if kwargs.get("inference_mode"):
             inner._inference |= {active_adapter}
-        inner.refresh()
+        inner.refresh([active_adapter])
 
     # The life cycle is the token layer's.
 

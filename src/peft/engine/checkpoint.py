@@ -22,12 +22,11 @@ from ..utils.constants import (
 from ..utils.devices import infer_device
 from ..utils.hub import cached_file, file_exists, is_offline
 from ..utils.tensor_files import read_tensors, torch_load
-from ..utils.tensors import whole
 from .layer import BaseTunerLayer
 from .lifecycle import AdapterHolder, belongs_to_adapter, holders_of
 from .matching import match_target_against_key
 from .offload import stored
-from .sharding import without_wrappers
+from .sharding import whole_tensors, without_wrappers
 from .state import BASE_PREFIX, AdapterState, LoadResult, base_model_of
 
 LoadedKeys = namedtuple("LoadedKeys", ["missing_keys", "unexpected_keys"])
@@ -167,13 +166,14 @@ def _embedding_entries(
             continue
         name = get_embedding_layer_name(model, layer, targeted)
         if name is not None:
-            source = model.state_dict() if state_dict is None else state_dict
+            source = model.state_dict(keep_vars=True) if state_dict is None else state_dict
+            prefix = f"{without_wrappers(name)}."
             entries |= {
-                without_wrappers(key): whole(stored(model, key, value))
+                without_wrappers(key): stored(model, key, value)
                 for key, value in source.items()
-                if key.startswith(f"{name}.") and key not in taken and not belongs_to_adapter(model, key)
+                if without_wrappers(key).startswith(prefix) and key not in taken and not belongs_to_adapter(model, key)
             }
-    return entries
+    return whole_tensors(entries)
 
 
 def has_valid_embedding_base_layer(layer: nn.Module) -> bool:

@@ -68,7 +68,7 @@ class ModuleCopies(BaseTunerLayer):
         if inference_mode:
             self._inference |= {adapter_name}
         self.roster.join(adapter_name, self._label, self.exclusive)
-        self.refresh()
+        self.refresh([adapter_name])
 
     # -------------------------------------------------------------------------------------------------- forward
 

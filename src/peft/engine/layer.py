@@ -319,10 +319,12 @@ class AdapterLayer(BaseTunerLayer):
     def _restore(self) -> None:
         layer = self.get_base_layer()
         for key, old in self._stash.items():
+            current = _tensor_at(layer, key)
             if key in self._shared:
+                if (old.device, old.dtype) != (current.device, current.dtype):  # moved while nobody had it
+                    old.data = old.data.to(current.device, current.dtype)
                 setattr(layer, key, old)
                 continue
-            current = _tensor_at(layer, key)
             if current.dtype is old.dtype and current.device == old.device and not is_spread(current):
                 current.data = old
             else:  # the model was moved while merged

@@ -183,7 +183,9 @@ def without_hits(entries: NameSet, names: Iterable[str]) -> list[str]:
     lines = []
     for entry, count in entries.hits.items():
         if count == 0 and entries.pattern and any(is_suffix(name, entry) for name in names):
-            lines.append(f"{entry!r} (a string is a regular expression for whole names; for their ends, pass [{entry!r}])")
+            lines.append(
+                f"{entry!r} (a string is a regular expression for whole names; for their ends, pass [{entry!r}])"
+            )
         elif count == 0:
             near = near_misses(entry.rsplit(".", 1)[-1], leaves)
             lines.append(f"{entry!r}" + (f" (nearest: {', '.join(near)})" if near else ""))

@@ -16,7 +16,8 @@ from torch import nn
 from ..utils.tensors import is_spread, spread_like, whole
 from ..utils.warning import PeftWarning
 
-WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+FLATTENED = "_fsdp_wrapped_module"
+WRAPPERS = (FLATTENED, "_checkpoint_wrapped_module", "_orig_mod")
 """What FSDP1, activation checkpointing and `torch.compile` call the module inside the one that they put in its place."""
 
 
@@ -123,9 +124,6 @@ def check_deletable(adapter_name: str, holders: Iterable[tuple[str, Any]]) -> No
                 )
 
 
-FLATTENED = "_fsdp_wrapped_module"
-
-
 def is_flattened(model: nn.Module) -> bool:
     """Whether FSDP1 has made flat parameters of a model's own, or of a part of it."""
     return several_processes() and any(FLATTENED in module._modules for module in model.modules())
@@ -137,7 +135,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def with_values(module: nn.Module, values: dict[str, torch.Tensor]) -> nn.Module:
-    """A twin of a module without FSDP1's units, with other parameters; what is neither a parameter nor a module is shared.
+    """A twin of a module without FSDP1's units and without hooks, with other parameters; all else is shared.
 
     Args:
         module: any module.
@@ -147,12 +145,19 @@ def with_values(module: nn.Module, values: dict[str, torch.Tensor]) -> nn.Module
     twin = module.__new__(type(module))
     flat = {name.partition(".")[0] for name in values}
     twin.__dict__.update((key, value) for key, value in module.__dict__.items() if key not in flat)
+    twin.__dict__.update((key, {}) for key in module.__dict__ if key.endswith("_hooks"))  # ZeRO-3's would miss its own
     twin._parameters = {name: nn.Parameter(value, False) for name, value in values.items() if "." not in name}
     twin._modules = {
         name: None if child is None else with_values(child, below(values, f"{name}."))
         for name, child in module._modules.items()
     }
     return twin
+
+
+def unhooked(module: nn.Module) -> nn.Module:
+    """A twin of a `gathered` module, whose call no training library takes for a step, after which to let go of parts."""
+    named = module.named_parameters(remove_duplicate=False)
+    return with_values(module, {without_wrappers(name): parameter.data for name, parameter in named})
 
 
 def below(values: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -171,26 +176,17 @@ def gathered(module: nn.Module, store: bool = False) -> Iterator[None]:
     if not several_processes():
         yield
     elif is_flattened(module):
-        with _unflattened(module, store):
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        with FullyShardedDataParallel.summon_full_params(module, writeback=store):
             yield
     else:
-        with partitions_gathered(module.parameters(), store), _whole_in_place(module, store):
+        with (
+            partitions_gathered(module.parameters(), store),
+            _whole_in_place(module, store),
+            _kept_in_place(module, store),
+        ):
             yield
-
-
-@contextmanager
-def _unflattened(module: nn.Module, store: bool) -> Iterator[None]:
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    units = [unit for unit in module.modules() if FLATTENED in unit._modules]
-    with FullyShardedDataParallel.summon_full_params(module, writeback=store):
-        for unit in units:  # a unit that is called flattens its parameters again
-            unit.__dict__["forward"] = unit._modules[FLATTENED]
-        try:
-            yield
-        finally:
-            for unit in units:
-                del unit.__dict__["forward"]
 
 
 def is_partitioned(tensor: torch.Tensor) -> bool:
@@ -203,10 +199,10 @@ def partitions_gathered(tensors: Iterable[torch.Tensor], store: bool = False) ->
     """Within it, parameters that ZeRO-3 has partitioned are whole; others may be among them.
 
     Args:
-        tensors: parameters and other tensors; none for which this is done already.
-        store: whether the values that the first process gives them stay.
+        tensors: parameters and other tensors.
+        store: whether the values that the first process gives them stay; not within another such context.
     """
-    partitioned = [tensor for tensor in tensors if is_partitioned(tensor)]
+    partitioned = [tensor for tensor in tensors if is_partitioned(tensor) and (store or not tensor.numel())]
     if not partitioned:
         yield
         return
@@ -247,6 +243,22 @@ def _whole_in_place(module: nn.Module, store: bool) -> Iterator[None]:
                 parameter.requires_grad_(now.requires_grad)
             if store:
                 parameter.data.copy_(spread_like(now.data.to(parameter.dtype), parameter))
+
+
+@contextmanager
+def _kept_in_place(module: nn.Module, store: bool) -> Iterator[None]:
+    """Let ZeRO-3 find its own parameters where they were, with the values of what took their places meanwhile."""
+    held = [(owner, name, parameter) for owner in module.modules() for name, parameter in owner._parameters.items()]
+    partitioned = [place for place in held if place[2] is not None and is_partitioned(place[2])]
+    try:
+        yield
+    finally:
+        for owner, name, parameter in partitioned:
+            now = owner._parameters.get(name)
+            if now is not None and now is not parameter:
+                owner._parameters[name] = parameter
+                if store:
+                    parameter.data.copy_(now.data)
 
 
 def _spread_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

@@ -20,7 +20,7 @@ from ..utils.tensors import is_spread, spread_like, whole
 from .auxiliary import AuxiliaryTrainingWrapper
 from .layer import BaseTunerLayer
 from .lifecycle import Entry, belongs_to_adapter, holders_of
-from .sharding import is_flattened, partitions_gathered, reshard, whole_tensors, without_wrappers
+from .sharding import FLATTENED, is_flattened, partitions_gathered, reshard, whole_tensors, without_wrappers
 
 BASE_PREFIX = "base_model.model."
 
@@ -206,16 +206,17 @@ class AdapterState:
         """`write` for FSDP1, whose parameters only its own hooks can load."""
         check_finite(state)
         live = {saved: without_wrappers(slot.live) for saved, slot in self.slots.items()}
-        fitting = {live.get(key, key): value for key, value in state.items()}
-        foreign = set(self.model.load_state_dict(fitting, strict=False).unexpected_keys)
-        lost = sorted(foreign.intersection(live.values()))
+        own = {live[key]: value for key, value in state.items() if key in live}
+        lost = [live[key] for key in _of_unit_around(self.model, self.slots, state)]
+        lost = lost or sorted(self.model.load_state_dict(own, strict=False).unexpected_keys)
         if lost:
             raise RuntimeError(
                 f"The weights {lost[:5]} of the adapter {self.adapter_name!r} belong to an FSDP unit around this "
                 f"{type(self.model).__name__}. Load them into the FSDP module itself."
             )
-        missing = [slot.live for saved, slot in self.slots.items() if saved not in state]
-        return LoadResult(missing, [key for key in state if key not in live and key in foreign])
+        others = {key: value for key, value in state.items() if key not in live}
+        unexpected = self.model.load_state_dict(others, strict=False).unexpected_keys if others else []
+        return LoadResult([slot.live for saved, slot in self.slots.items() if saved not in state], list(unexpected))
 
     def file_key(self, key: str) -> str:
         """A name on disk as this model has it: with the wrapper's prefix exactly if the model is wrapped."""
@@ -260,6 +261,15 @@ class AdapterState:
             f"The weights do not fit the adapter {self.adapter_name!r} (size mismatch): {lines}{rest}. Load them with the "
             "configuration they were trained with, or pass ignore_mismatched_sizes=True. Nothing was loaded."
         )
+
+
+def _of_unit_around(model: nn.Module, slots: dict[str, Slot], state: dict[str, torch.Tensor]) -> Iterator[str]:
+    """The names on disk of what FSDP1 keeps a part of in a unit that is not the model's, and does not load into."""
+    if FLATTENED in model._modules:
+        return
+    for key, slot in slots.items():
+        if key in state and FLATTENED not in slot.live and slot.entry.tensor.shape != state[key].shape:
+            yield key
 
 
 def _needs_state_dict(model: nn.Module) -> bool:

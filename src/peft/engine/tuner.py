@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -249,6 +249,8 @@ class BaseTuner(ForwardsAttributes, nn.Module):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
         """Context in which the layers know what a call gives them: `adapter_names` and `special_forward_args`."""
         given = {name: kwargs[name] for name in self.special_forward_args if kwargs.get(name) is not None}
+        if not given and kwargs.get("adapter_names") is None:
+            return nullcontext()  # torch 2.6 cannot compile one that is written as a generator
         return self.call_inputs(kwargs.get("adapter_names"), **given)
 
     # ---------------------------------------------------------------------------------------------------------- injection

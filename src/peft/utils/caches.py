@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def cache_argument(function: Callable[..., Any]) -> str | None:
         function: for example `model.forward`.
     """
     parameters = inspect.signature(function).parameters
-    return next((name for name in CACHE_NAMES if name in parameters), None)
+    return cache_name_in(parameters)
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:
@@ -36,13 +36,28 @@ def takes(function: Callable[..., Any], name: str) -> bool:
     return name in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
+def cache_name_in(arguments: Container[str]) -> str | None:
+    """What the cache is called among the arguments of a call, None if it is not there.
+
+    Args:
+        arguments: their names.
+    """
+    for name in CACHE_NAMES:  # in full, since torch 2.6 cannot compile `next` with a default
+        if name in arguments:
+            return name
+    return None
+
+
 def cache_in(arguments: dict[str, Any]) -> Any:
     """The cache among the arguments of a call, None if there is none.
 
     Args:
         arguments: by name.
     """
-    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+    for name in CACHE_NAMES:  # in full, as above
+        if arguments.get(name) is not None:
+            return arguments[name]
+    return None
 
 
 def cached_length(cache: Any) -> int | None:

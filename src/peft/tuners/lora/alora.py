@@ -96,8 +96,12 @@ def is_alora_relevant_in_batch(model: PeftModel | BaseTuner, adapter_names: list
         model: a model with adapters, or its tuner.
         adapter_names: the adapter of each row of a mixed batch.
     """
-    names = {*model.active_adapters, *(adapter_names or ())}
-    return any(_invocation(model.peft_config.get(name)) for name in names)
+    # In full, and with a copy of the name: torch 2.6 compiles no `any` here, and a check of the attribute that the name
+    # comes from in place of the name, which fails at once.
+    for name in [*model.active_adapters, *(adapter_names or ())]:
+        if _invocation(model.peft_config.get(str(name))):
+            return True
+    return False
 
 
 def get_alora_offsets_for_forward(

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ...engine.backends import dense_weight
+from ...engine.sharding import gathered
 from ...utils.tensors import add_product, is_bare, weight_of
 from .base_weight import coming_weight
 from .variant import LoraVariant, register_variant
@@ -289,14 +290,15 @@ def _factors(module: LoraLayer, adapter: str) -> tuple[torch.Tensor, torch.Tenso
 def _add_magnitude(module: LoraLayer, adapter: str, magnitude_cls: type[DoraLinearLayer]) -> None:
     magnitude = magnitude_cls(fan_in_fan_out=getattr(module, "fan_in_fan_out", False))
     A, B = _factors(module, adapter)
-    magnitude.update_layer(
-        base_layer=module.get_base_layer(),
-        lora_A=A,
-        lora_B=B,
-        scaling=module.scaling[adapter],
-        place_on_cpu=module.ephemeral_gpu_offload and A.device.type == "cpu",
-        weight=_weight_to_be(module),
-    )
+    with gathered(module.get_base_layer()):
+        magnitude.update_layer(
+            base_layer=module.get_base_layer(),
+            lora_A=A,
+            lora_B=B,
+            scaling=module.scaling[adapter],
+            place_on_cpu=module.ephemeral_gpu_offload and A.device.type == "cpu",
+            weight=_weight_to_be(module),
+        )
     module.lora_magnitude_vector[adapter] = magnitude
 
 
