@@ -237,7 +237,7 @@ class Calls(RuleBasedStateMachine):
     @precondition(lambda self: self.can_merge and self.oracle.enabled and self.oracle.adapters)
     @rule(data=st.data(), chosen=st.booleans(), safe=st.booleans())
     def merge(self, data, chosen, safe):
-        chosen = self.some(data) if chosen else None
+        chosen = self.some(data) if chosen and self.merges_some else None
         after = self.oracle.merges(chosen)
         if after is None:
             if self.merges_whole_or_not_at_all:
@@ -248,6 +248,7 @@ class Calls(RuleBasedStateMachine):
         self.oracle.merged = after
 
     merges_whole_or_not_at_all = True
+    merges_some = True
 
     @precondition(lambda self: self.can_merge and self.oracle.enabled)
     @rule()
@@ -602,6 +603,7 @@ class MixedCalls(PeftCalls):
 
     recipes = MIXED
     can_save = can_swap = False
+    merges_some = False  # the layers of different methods around a module are merged from the inside out
 
     def wrap(self, base, name, config):
         self.model = peft.get_peft_model(base, config, adapter_name=name, mixed=True)

@@ -84,10 +84,11 @@ def run_machine(machine: type, few: int | None, steps: int) -> None:
 
     Args:
         machine: its class.
-        few: how many sequences the ordinary run has; None for the slow run.
+        few: how many sequences the ordinary run has; None for the slow run, which has half as many as examples of a test.
         steps: the most steps of a sequence.
     """
-    run_state_machine_as_test(machine, settings=_settings(few, stateful_step_count=steps))
+    options = _settings(few, stateful_step_count=steps)
+    run_state_machine_as_test(machine, settings=settings(options, max_examples=few or MANY // 2))
 
 
 # --------------------------------------------------------------------------------------------------------------- errors

@@ -4,7 +4,7 @@ import pytest
 import torch
 from calls import InjectCalls, MixedCalls, PeftCalls, PromptCalls
 from fuzzing import run_machine, whole_or_not_at_all
-from oracle import IA3S, LORAS, ROWS, net
+from oracle import IA3S, IDS, LORAS, ROWS, net
 from safetensors.torch import load_file, save_file
 
 import peft
@@ -126,3 +126,14 @@ def test_a_failed_load_takes_the_layers_of_the_new_adapter_out_again(mixed, tmp_
     assert "int8" in str(caught[0])
     assert [name for name, _ in model.base_model.holders] == layers
     assert model.base_model.targeted_module_names == ["lin"]
+
+
+def test_dora_around_another_method_merges_to_what_it_computes():
+    loha = peft.LoHaConfig(r=2, target_modules=["lin"], init_weights=False)
+    model = peft.get_peft_model(net(), loha, adapter_name="a", mixed=True).eval()
+    dora = LoraConfig(r=2, target_modules=["lin"], use_dora=True, init_lora_weights=False)
+    model.add_adapter("b", dora)
+    model.set_adapter(["a", "b"])
+    expected = model(IDS)
+    model.base_model.merge_adapter()
+    torch.testing.assert_close(model(IDS), expected, atol=1e-5, rtol=1e-5)

@@ -60,7 +60,8 @@ class Saved:
 
     def forward(self, model):
         with torch.no_grad():
-            needs_tasks = self.method in ("POLY", "MULTITASK_PROMPT_TUNING")
+            methods = {config.peft_type.value for config in model.peft_config.values()}
+            needs_tasks = not methods.isdisjoint(("POLY", "MULTITASK_PROMPT_TUNING"))
             rows = {"task_ids": torch.zeros(len(IDS), dtype=torch.long)} if needs_tasks else {}
             return model(input_ids=IDS, **rows).logits if self.is_prompt else model(IDS, **rows)
 

@@ -384,6 +384,8 @@ def test_the_styles_and_the_factor_that_they_split():
     }
 
 
+@pytest.mark.compat
+@with_spread_models
 def test_plan_and_mesh_of_a_module(mesh):
     model = SimpleNamespace(_device_mesh=mesh, _tp_plan={"layers.*.q": "colwise", "head": "rowwise"})
     assert get_tp_plan_and_mesh(model, "layers.11.q") == ("colwise", mesh)

@@ -14,6 +14,7 @@ from training import (
     Gradients,
     assert_equal,
     changed,
+    counted,
     files,
     in_file,
     kinds,
@@ -31,6 +32,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from versions import needs
 
 from peft import (
     AdaLoraConfig,
@@ -224,9 +226,10 @@ def gradients(model, folder, **options):
 @pytest.mark.parametrize("name", ["LoRA", "LoRA with a copy", "LoRA with token rows", "IA3", "prompt tuning"])
 def test_checkpointing_changes_no_gradient(name, reentrant, tmp_path):
     """Each row of random numbers is the same in the recomputation, so dropout gives the same too."""
-    expected = gradients(adapted(name), tmp_path)
+    plain, model = adapted(name), adapted(name)
+    plain.config.use_cache = False  # as checkpointing does: with a cache, sums may be in another order
+    expected = gradients(plain, tmp_path)
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
-    model = adapted(name)
     found = gradients(model, tmp_path, **options)
     assert model.base_model.is_gradient_checkpointing
     assert kinds(found) == METHODS[name][2]
@@ -476,6 +479,7 @@ def test_the_best_of_several_adapters_is_the_one_of_its_name(tmp_path):
     assert all(".other." in name for name in trainable(model)) and len(trainable(model)) == 9
 
 
+@needs("transformers", "5.23", 'goes on with the adapters of other names than "default" only')
 def test_going_on_with_several_adapters(tmp_path):
     def make(seed):
         torch.manual_seed(0)
@@ -506,9 +510,8 @@ def test_evaluation_and_prediction(config, tmp_path):
     loss = trainer.evaluate()["eval_loss"]
     ids = torch.stack([row["input_ids"] for row in rows(4)])
     with torch.no_grad():
-        expected = model(input_ids=ids, labels=ids).loss
-        if config.is_prompt_learning:  # the Trainer divides by the labels but the first, which a prompt predicts too
-            expected = expected * 8 / 7
+        expected = model(input_ids=ids, labels=ids).loss * (8 if config.is_prompt_learning else 7)
+        expected = expected * 4 / counted(ids)  # the Trainer's number: a prompt predicts the first label, too
         torch.testing.assert_close(torch.tensor(loss), expected)
         expected = model(input_ids=ids).logits
     predicted = trainer.predict(rows(4))

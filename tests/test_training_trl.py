@@ -24,6 +24,7 @@ from training import (
     Gradients,
     assert_equal,
     changed,
+    counted,
     files,
     in_file,
     kinds,
@@ -55,6 +56,7 @@ from trl import (
     get_peft_config,
 )
 from trl.generation.vllm_generation import VLLMGeneration
+from versions import is_at_least, needs
 
 import peft
 from peft import (
@@ -405,7 +407,8 @@ def test_gradients_through_that_head(name, tmp_path):
     model = moved(get_peft_model(llama(tie_word_embeddings=name != "a copy"), copy.deepcopy(config)))
     batch = tokenizer()([text + "</s>" for text in TEXTS], padding=True, return_tensors="pt")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss.backward()
+    loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
+    (loss * (labels[:, 1:] != -100).sum() / counted(labels)).backward()
     expected = {key: p.grad.clone() for key, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     seen = Gradients()
@@ -447,6 +450,9 @@ WHOLE = {"per_device_train_batch_size": len(PAIRS), "max_steps": 1}
 EVEN = torch.tensor(2.0).log()
 """The loss of a model that is its own reference."""
 
+LOGGED = {} if is_at_least("transformers", "5.0") else {"rtol": 0, "atol": 5e-5}
+"""To how many digits losses are noted: four before transformers 5."""
+
 
 @pytest.mark.parametrize("adapter", ["LoRA", "LoRA with a copy", "LoRA with token rows", "IA3", "prompt tuning"])
 def test_the_reference_of_a_new_adapter_is_the_base_model(adapter, tmp_path):
@@ -464,7 +470,7 @@ def test_the_reference_of_a_trained_adapter_is_what_it_was(adapter, tmp_path):
     start = saved(model)
     trainer = trainer_for("DPO", model, tmp_path, **WHOLE)
     assert_equal(get_peft_model_state_dict(model, adapter_name="ref"), start)
-    torch.testing.assert_close(first_loss(trainer), EVEN)
+    torch.testing.assert_close(first_loss(trainer), EVEN, **LOGGED)
     assert_equal(get_peft_model_state_dict(model, adapter_name="ref"), start)
     assert not any(torch.equal(value, start[key]) for key, value in get_peft_model_state_dict(model).items())
 
@@ -479,7 +485,7 @@ def test_a_reference_that_trl_does_not_copy_in_full_can_be_loaded(adapter, tmp_p
     reference = get_peft_model_state_dict(model, adapter_name="ref")
     assert not all(torch.equal(value, start[key]) for key, value in reference.items())
     model.load_adapter(tmp_path / "start", "ref")
-    torch.testing.assert_close(first_loss(trainer), EVEN)
+    torch.testing.assert_close(first_loss(trainer), EVEN, **LOGGED)
 
 
 def test_two_adapters_that_train_biases_are_refused(tmp_path):
@@ -598,7 +604,8 @@ def test_from_the_folder_of_a_model(tmp_path):
     trainer.train()
     trainer.save_model(tmp_path / "adapter")
     tokens = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    assert files(tmp_path / "adapter") == IN_CHECKPOINT | tokens | {"training_args.bin"}
+    found = files(tmp_path / "adapter") - {"special_tokens_map.json"}  # of transformers before 5
+    assert found == IN_CHECKPOINT | tokens | {"training_args.bin"}
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert again.active_peft_config.base_model_name_or_path == str(tmp_path / "base")
     ids = tokenizer()("the cat", return_tensors="pt")["input_ids"]
@@ -632,6 +639,7 @@ def test_the_best_adapter_beside_its_reference(tmp_path):
     assert model.active_adapters == ["default"] and kinds(trainable(model)) == CONFIGS["LoRA with a copy"][1]
 
 
+@needs("transformers", "5.23", 'goes on with the adapters of other names than "default" only')
 def test_the_reference_is_saved_and_comes_back(tmp_path):
     model = moved(get_peft_model(llama(), lora()))
     straight = trainer_for("DPO", model, tmp_path, max_steps=4, save_strategy="steps", save_steps=2)

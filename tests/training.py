@@ -9,6 +9,7 @@ from prompts import VOCAB
 from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
+from versions import is_at_least
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 IN_CHECKPOINT = {WEIGHTS, CONFIG, "README.md"}
@@ -22,6 +23,14 @@ def rows(number=16, tokens=8, labels=True):
     """Rows of token ids, each its own label, as a Trainer takes them."""
     ids = torch.randint(3, VOCAB, (number, tokens), generator=torch.Generator().manual_seed(0))
     return [{"input_ids": row, **({"labels": row} if labels else {})} for row in ids]
+
+
+def counted(labels: torch.Tensor) -> torch.Tensor:
+    """By how many labels a Trainer divides a language model's loss.
+
+    Each row's first is not predicted from any token; the Trainer counted it all the same until transformers 5.10.
+    """
+    return ((labels[..., 1:] if is_at_least("transformers", "5.10") else labels) != -100).sum()
 
 
 def values(model: nn.Module) -> dict[str, torch.Tensor]:

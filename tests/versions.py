@@ -25,6 +25,11 @@ def lacking(package: str, oldest: str, why: str) -> str | None:
     return f"{package} {found} {why}; {oldest} or newer is needed"
 
 
+def is_at_least(package: str, version: str) -> bool:
+    """Whether a package is of this release or a later one, where tests expect other numbers of it."""
+    return Version(importlib.metadata.version(package)) >= Version(version)
+
+
 def needs(package: str, oldest: str, why: str) -> pytest.MarkDecorator:
     """A mark that skips a test where a package is missing or too old.
 

@@ -41,7 +41,7 @@ from .utils.forwarding import ForwardsAttributes
 from .utils.naming import check_adapter_name, did_you_mean
 from .utils.peft_types import PeftType, TaskType
 from .utils.registry import method
-from .utils.training import may_use_checkpointing, require_input_grads
+from .utils.training import also_requiring_input_grads, may_use_checkpointing, require_input_grads
 
 
 def warn_about_prefix(config: PeftConfig, adapter_name: str) -> None:
@@ -155,7 +155,10 @@ class PeftModel(PushToHubMixin, ForwardsAttributes, nn.Module):
     def __getattr__(self, name: str) -> Any:
         if name in TUNER_METHODS_ON_WEIGHTS:  # of FSDP2's root, which the tuner cannot see
             reshard(self)
-        return super().__getattr__(name)
+        found = super().__getattr__(name)
+        if name == "gradient_checkpointing_enable":
+            return also_requiring_input_grads(found, self.get_base_model())
+        return found
 
     def get_base_model(self) -> nn.Module:
         """The wrapped model, with the adapter layers in it."""

@@ -355,13 +355,16 @@ class AdapterLayer(BaseTunerLayer):
         self._plan = self._make_plan()
 
     def unmerged_weight(self) -> torch.Tensor:
-        """The base weight without any merged adapter, own layout."""
-        if self._stash is None:
+        """The base weight without any merged adapter, of this layer and of those between it and the base; own layout."""
+        stash, layer = self._stash, self.base_layer
+        while isinstance(layer, AdapterLayer):  # the innermost was merged first
+            stash, layer = stash if layer._stash is None else layer._stash, layer.base_layer
+        if stash is None:
             return self.get_base_weight()
         if self.quantization_backend is not None:
-            return self.quantization_backend.weight_in(self.get_base_layer(), self._stash)
+            return self.quantization_backend.weight_in(self.get_base_layer(), stash)
         name = "weight" if self.kind is None else self.kind.weight_name
-        return self._stash[name].to(self.weight.device) if name in self._stash else self.get_base_weight()
+        return stash[name].to(self.weight.device) if name in stash else self.get_base_weight()
 
 
 def note_shared_weights(model: nn.Module, layers: Iterable[Any]) -> None:

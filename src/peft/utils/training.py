@@ -96,6 +96,26 @@ def may_use_checkpointing(model: nn.Module) -> bool:
     return getattr(model, "is_activation_checkpointing" if renamed else "is_gradient_checkpointing", True)
 
 
+def also_requiring_input_grads(enable: Callable[..., Any], model: nn.Module) -> Callable[..., Any]:
+    """A model's `gradient_checkpointing_enable` that lets gradients through re-entrant segments, frozen as the model is.
+
+    transformers 5 does so by itself. Version 4 leaves it to the caller, and checkpoints re-entrantly unless told not to.
+
+    Args:
+        enable: the bound method.
+        model: whose method it is.
+    """
+
+    @functools.wraps(enable)
+    def enable_and_require(*args: Any, **kwargs: Any) -> Any:
+        result = enable(*args, **kwargs)
+        if not any(hasattr(model, hooks) for hooks in ("_require_grads_hooks", "_require_grads_hook")):
+            require_input_grads(model)
+        return result
+
+    return enable_and_require
+
+
 def require_input_grads(model: nn.Module) -> None:
     """Let the output of a model's input embeddings require grad; nothing for a model without embeddings.
 
