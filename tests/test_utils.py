@@ -362,3 +362,35 @@ def test_device_without_an_accelerator(monkeypatch):
     assert infer_device() == "xpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert infer_device() == "cuda"
+
+
+class OlderModel(nn.Module):
+    """Leaves it to its caller that checkpointed segments get an input which asks for gradients, as transformers 4 does."""
+
+    is_gradient_checkpointing = False
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.lin = nn.Embedding(5, 4), nn.Linear(4, 4)
+        self.options = []
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+        self.options.append(gradient_checkpointing_kwargs)
+
+    def forward(self, ids):
+        return torch.utils.checkpoint.checkpoint(self.lin, self.embed(ids), use_reentrant=True)
+
+
+def test_checkpointing_that_is_asked_for_later_lets_gradients_through():
+    model = get_peft_model(OlderModel(), LoraConfig(target_modules=["lin"], init_lora_weights=False))
+    layer, ids = model.base_model.model.lin, torch.tensor([1, 2])
+    assert not model.get_base_model().embed(ids).requires_grad
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    assert model.get_base_model().options == [{"use_reentrant": True}]
+    model(ids).sum().backward()
+    assert layer.lora_A["default"].weight.grad.abs().sum() > 0
+    plain = get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
+    assert not hasattr(plain, "gradient_checkpointing_enable")
