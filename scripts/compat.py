@@ -31,6 +31,7 @@ SHOWN = ("torch", "transformers", "diffusers", "accelerate", "tokenizers")
 """Packages with a column of their own."""
 
 OUTCOMES = ("passed", "failed", "errors", "skipped")
+MARK = "mark.compat"
 SELECTED = "compat and not slow and not gpu"
 PIN = re.compile(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)\s*==\s*([^\s;#]+)\s*(?:;\s*([^#]+?)\s*)?(?:#.*)?")
 # Run with an environment's own Python: which packages it has, and which of the pins hold there.
@@ -137,7 +138,7 @@ def examine(python: Path, pins: Iterable[Pin]) -> tuple[dict[str, str], list[str
 
 def marked_files(tests: Path) -> list[str]:
     """The test files in which the mark occurs: others may need what an older set does not have to be imported at all."""
-    return [str(path) for path in sorted(tests.glob("test_*.py")) if "mark.compat" in path.read_text(encoding="utf-8")]
+    return [str(path) for path in sorted(tests.glob("test_*.py")) if MARK in path.read_text(encoding="utf-8")]
 
 
 def command(python: Path, report: Path, args: Sequence[str]) -> list[str]:
@@ -146,6 +147,13 @@ def command(python: Path, report: Path, args: Sequence[str]) -> list[str]:
     files = [] if named else marked_files(ROOT / "tests")
     options = ["-q", "-n", "2", "--dist", "worksteal", "-m", SELECTED, f"--junitxml={report}"]
     return [str(python), "-m", "pytest", *options, *args, *files]
+
+
+def test_id(case: ElementTree.Element) -> str:
+    """A test's name as pytest takes it on the command line; the report has dots between folders, file and class."""
+    parts = case.get("classname", "").split(".")
+    file = next((at for at, part in enumerate(parts) if part.startswith("test_")), len(parts) - 1) + 1
+    return "::".join(["/".join(parts[:file]) + ".py", *parts[file:], case.get("name", "")])
 
 
 def read_report(path: Path) -> tuple[dict[str, int], list[str]]:
@@ -159,7 +167,7 @@ def read_report(path: Path) -> tuple[dict[str, int], list[str]]:
             continue
         counts["failed" if wrong.tag == "failure" else "errors"] += 1
         message = (wrong.get("message") or "").strip().partition("\n")[0]
-        lines.append(f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}: {message[:200]}")
+        lines.append(f"{test_id(case)}: {message[:200]}")
     return {kind: counts[kind] for kind in OUTCOMES}, sorted(lines)
 
 

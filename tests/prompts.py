@@ -250,6 +250,9 @@ def generate(model, **inputs):
     return model.generate(**{"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, **inputs})
 
 
+WITH_ASSISTANT = {"min_new_tokens": None, "suppress_tokens": [TOKENS["eos_token_id"]]}
+"""As long a text as `generate` makes, asked for in a way that transformers 4 takes beside an assistant as well."""
+
 HEADS = ["SEQ_CLS", "TOKEN_CLS"]
 
 

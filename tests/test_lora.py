@@ -137,6 +137,7 @@ def test_the_default_start_is_uniform_and_zero():
         ({"lora_bias": True, "use_dora": True}, ValueError, "DoRA has no bias term"),
         ({"init_lora_weights": "loftq"}, ValueError, "needs loftq_config"),
         ({"eva_config": 3}, TypeError, "eva_config must be a EvaConfig or a dictionary, got int"),
+        ({"eva_config": {"rho": 0.5}}, ValueError, "eva_config: rho must be at least 1, got 0.5"),
         (
             {"target_modules": "a|b", "layers_to_transform": [1]},
             ValueError,

@@ -20,6 +20,7 @@ from peft import (
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
+    inject_adapter_in_model,
     set_peft_model_state_dict,
 )
 from peft.tuners.lora.model import LoraModel, add_lora_tp_hooks_dtensor, get_tp_plan_and_mesh
@@ -123,6 +124,13 @@ def filled(model):
         if "lora_" in name:
             parameter.normal_(std=0.5)
     return model.eval()
+
+
+def test_where_megatron_is_missing_the_error_says_what_needs_it():
+    base = nn.ModuleDict({"up": nn.Linear(4, 4)})
+    with pytest.raises(ImportError, match="megatron_config is set, which needs megatron.core.tensor_parallel: No module"):
+        inject_adapter_in_model(config(target_modules=["up"]), base)
+    assert type(base["up"]) is nn.Linear
 
 
 def test_the_factor_on_the_split_side_is_parallel(megatron):

@@ -16,6 +16,7 @@ from prompts import (
     VOCAB,
     WAYS,
     WIDTH,
+    WITH_ASSISTANT,
     N,
     assert_generates,
     assert_same,
@@ -286,9 +287,10 @@ class TestGeneration:
     def test_an_assistant_drafts_for_a_task(self):
         model, inputs = prompted(), {**batch(padding=(0,)), "task_ids": torch.tensor([2])}
         expected = new_tokens_by_hand(model, inputs)
-        drafted = generate(model, **inputs, assistant_model=base_of(llama))
+        assistant = {"assistant_model": base_of(llama), **WITH_ASSISTANT}
+        drafted = generate(model, **inputs, **assistant)
         assert drafted[:, -NEW:].tolist() == expected.tolist()
-        other = generate(model, **{**inputs, "task_ids": torch.tensor([0])}, assistant_model=base_of(llama))
+        other = generate(model, **{**inputs, "task_ids": torch.tensor([0])}, **assistant)
         assert not torch.equal(other, drafted)
 
 

@@ -350,6 +350,7 @@ def test_tasks_that_are_missing_or_unknown():
     "options, error, problem",
     [
         ({"r": 0}, ValueError, "first, adapter 'default': the rank must be positive, got r=0"),
+        ({"n_tasks": 0}, ValueError, "first, adapter 'default': n_tasks must be positive, got 0; the smallest is 1"),
         ({"poly_type": "mlp"}, ValueError, "poly_type 'mlp'; supported is 'poly'"),
         ({"n_splits": 4}, ValueError, "first, adapter 'default': n_splits=4 must divide the 6 .* 8 .* divisors of 2"),
     ],

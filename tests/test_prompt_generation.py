@@ -10,6 +10,7 @@ from prompts import (
     DECODERS,
     NEW,
     TWO_STACKS,
+    WITH_ASSISTANT,
     base_of,
     batch,
     bert,
@@ -102,7 +103,8 @@ class TestGeneration:
     @pytest.mark.parametrize("by_assistant", [False, True])
     def test_drafted_tokens_are_checked_with_the_prompt(self, make, by_assistant):
         model, inputs = prompted(make), batch(padding=(0,))
-        options = {"assistant_model": base_of(make)} if by_assistant else {"prompt_lookup_num_tokens": 2}
+        assistant = {"assistant_model": base_of(make), **WITH_ASSISTANT}
+        options = assistant if by_assistant else {"prompt_lookup_num_tokens": 2}
         assert torch.equal(generate(model, **inputs, **options), continued_by_hand(model, **inputs))
 
     def test_with_two_stacks_an_assistant_is_refused(self):

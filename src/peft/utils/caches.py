@@ -146,7 +146,7 @@ def new_cache(model: nn.Module, max_length: int | None = None) -> Any:
         model: a transformers model.
         max_length: how many tokens it is to have room for, for one of fixed size.
     """
-    from transformers import DynamicCache, EncoderDecoderCache, StaticCache  # slow to import
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache  # slow to import
 
     def one() -> Any:
         if max_length is not None:

@@ -252,9 +252,8 @@ def as_config(cls: type, value: Any, field_name: str) -> Any:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{field_name}: {error}") from error
         for name in (key for key in value if takes.get(key) is False):
-            setattr(
-                config, name, value[name]
-            )  # no argument, since it is found when the adapter is made; saved with it
+            # No argument, since it is found when the adapter is made; saved with it.
+            setattr(config, name, value[name])
         return config
     raise TypeError(f"{field_name} must be a {cls.__name__} or a dictionary, got {type(value).__name__}.")
 
