@@ -365,7 +365,7 @@ class Case:
 
 def give_each_row(values: dict[str, int], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
     """A forward pre-hook: every row of the input is given these values."""
-    return args, {name: torch.full((len(args[0]),), value) for name, value in values.items()} | kwargs
+    return args, {**{name: torch.full((len(args[0]),), value) for name, value in values.items()}, **kwargs}
 
 
 def cases(bases: tuple[Base, ...], adapted: bool = True) -> list[Case]:

@@ -18,6 +18,8 @@ from peft import (
 from peft.engine.layer import AdditiveLayer
 from peft.helpers import rescale_adapter_scale
 
+pytestmark = pytest.mark.compat
+
 LINEARS = ["lin0", "lin1"]
 EVERYTHING = [*LINEARS, "emb", "conv"]
 

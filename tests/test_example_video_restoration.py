@@ -106,7 +106,7 @@ def test_the_adapter_file_holds_the_trained_copy_under_its_plain_name(out):
 def test_the_report_is_one_file(out):
     page = (out / "report.html").read_text()
     assert page.count('src="data:image/png;base64,') == page.count("<img ") == 3
-    assert "<script" not in page and "http" not in page
+    assert not any(part in page for part in ("<script", "http:", "https:"))  # colons, which no picture has in base64
 
 
 def test_prints_the_table(out):

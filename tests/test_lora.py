@@ -352,3 +352,19 @@ def test_an_adapter_reloads(tmp_path):
     x = torch.randn(3, 4)
     again.base_model.model.layer.base_layer.load_state_dict(layer_of(model).base_layer.state_dict())
     assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_does_not_round_the_norms_of_dora(training):
+    config = LoraConfig(target_modules=["0"], r=2, use_dora=True, init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 4)), config).train(training)
+    layer = model.base_model.model[0]
+    magnitude = layer.lora_magnitude_vector["default"]
+    given = layer.base_layer.weight, layer.lora_A["default"], layer.lora_B["default"], layer.scaling["default"]
+    expected = magnitude.norm(*given)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(magnitude.norm(*given), expected)
+        model(torch.ones(2, 8)).float().sum().backward()
+    trained = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    assert len(trained) == 3 and all(parameter.grad.abs().sum() > 0 for parameter in trained)

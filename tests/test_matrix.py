@@ -285,6 +285,7 @@ def test_under_the_transforms_of_torch_func(case):
         close(torch.vmap(model)(case.x.unsqueeze(1)).squeeze(1), model(case.x))
 
 
+@pytest.mark.compat
 @over([case for case in ADAPTED if case.base.name == "linear"])
 def test_compiled_whole(case):
     model, plain = case.one(), case.one()
@@ -326,6 +327,7 @@ def test_on_a_bfloat16_base(case, autocast_adapter_dtype):
         close(merged, found, 0.1)
 
 
+@pytest.mark.compat
 @over(ONE_OF_A_SORT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_under_autocast(case, dtype):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -116,7 +117,10 @@ class DoraLinearLayer(nn.Module):
     @torch.no_grad()
     def norm(self, weight: torch.Tensor, lora_A: Any, lora_B: Any, scaling: float) -> torch.Tensor:
         """The same as `get_weight_norm` from A and B; remembered in eval mode if caching is switched on."""
-        return self.fresh_norm(weight, _factor(lora_A), _factor(lora_B), scaling)
+        # Autocast would round the norms. In torch 2.6 it would also keep its casts of A and B, which have no gradient
+        # here, for the multiplications that are to give them one.
+        with torch.autocast(weight.device.type, enabled=False) if not weight.is_meta else nullcontext():
+            return self.fresh_norm(weight, _factor(lora_A), _factor(lora_B), scaling)
 
     def gain(self, base_layer: nn.Module, lora_A: Any, lora_B: Any, scaling: float) -> torch.Tensor:
         """m/‖V‖, in the shape of m."""
