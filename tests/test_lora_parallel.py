@@ -128,7 +128,9 @@ def filled(model):
 
 def test_where_megatron_is_missing_the_error_says_what_needs_it():
     base = nn.ModuleDict({"up": nn.Linear(4, 4)})
-    with pytest.raises(ImportError, match="megatron_config is set, which needs megatron.core.tensor_parallel: No module"):
+    with pytest.raises(
+        ImportError, match="megatron_config is set, which needs megatron.core.tensor_parallel: No module"
+    ):
         inject_adapter_in_model(config(target_modules=["up"]), base)
     assert type(base["up"]) is nn.Linear
 
