@@ -28,6 +28,7 @@ from matrix import (
     tuner_layers,
 )
 from torch.testing import assert_close
+from versions import lacking
 
 import peft
 from peft.engine.layer import AdapterLayer, AdditiveLayer
@@ -288,6 +289,9 @@ def test_under_the_transforms_of_torch_func(case):
 @pytest.mark.compat
 @over([case for case in ADAPTED if case.base.name == "linear"])
 def test_compiled_whole(case):
+    reason = lacking("torch", "2.7", "does not trace through the context in which Poly keeps a call's tasks")
+    if case.variant.name == "POLY" and reason:
+        pytest.skip(reason)
     model, plain = case.one(), case.one()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
