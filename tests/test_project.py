@@ -300,7 +300,10 @@ def test_the_tests_of_clients_are_marked():
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
-def test_make_runs_the_sets_that_are_named():
+def test_make_runs_the_sets_that_are_named(monkeypatch):
+    for inherited in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES"):  # these tests run under a make themselves
+        monkeypatch.delenv(inherited, raising=False)
+
     def make(sets):
         call = ["make", "-n", "test-compat", f"SETS={sets}", "VENV=.v", "ARGS=-k 'a or b'"]
         return subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
