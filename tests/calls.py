@@ -17,7 +17,7 @@ import torch
 from fuzzing import whole_or_not_at_all
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from oracle import IDS, LORAS, MIXED, PROMPTS, Oracle, PromptOracle, loss_of, net
+from oracle import IDS, LORAS, MIXED, PROMPTS, Oracle, PromptOracle, loss_of, net, weighted
 from safetensors.torch import load_file, save_file
 
 import peft
@@ -31,7 +31,7 @@ from peft.utils.hotswap import hotswap_adapter
 
 NAMES = ["a", "b", "default", "two words"]
 names = st.sampled_from(NAMES)
-several = st.lists(names, min_size=1, max_size=2, unique=True)
+LOADING = st.fixed_dictionaries({"low_cpu_mem_usage": st.booleans(), "strict": st.booleans()})
 
 
 class Calls(RuleBasedStateMachine):
@@ -64,9 +64,12 @@ class Calls(RuleBasedStateMachine):
     def start(self, name, data):
         base = self.base_model()
         self.plain = copy.deepcopy(base)
-        self.oracle = Oracle({key: value.clone() for key, value in base.state_dict().items()})
+        self.oracle = self.new_oracle(base)
         self.oracle.active = [name]
         self.first(base, name, self.draw_recipe(data))
+
+    def new_oracle(self, base):
+        return Oracle({key: value.clone() for key, value in base.state_dict().items()})
 
     def draw_recipe(self, data):
         return self.recipes[data.draw(st.sampled_from(sorted(self.recipes)))]
@@ -189,9 +192,7 @@ class Calls(RuleBasedStateMachine):
     @rule(data=st.data(), inference=st.booleans(), as_list=st.booleans())
     def set(self, data, inference, as_list):
         chosen = self.some(data) if as_list else [self.existing(data)]
-        if self.oracle.overlap(chosen):
-            return
-        if self.oracle.excludes(chosen):
+        if self.oracle.overlap(chosen) or self.oracle.excludes(chosen):
             with must_fail(self):
                 self.call_set(chosen, inference)
             return
@@ -329,14 +330,14 @@ class Calls(RuleBasedStateMachine):
         assert all(same(state[key], expected[key]) for key in state)
 
     @precondition(lambda self: self.saved)
-    @rule(data=st.data(), name=names, trainable=st.booleans())
-    def load(self, data, name, trainable):
+    @rule(data=st.data(), name=names, trainable=st.booleans(), options=LOADING)
+    def load(self, data, name, trainable, options):
         path, recipe, tensors = self.some_saved(data)
         there = self.oracle.adapters.get(name)
-        if there is not None and (there.recipe != recipe or self.is_merged(name)):
+        if there is not None and there.recipe != recipe:
             return
         trainable = trainable and self.loads_to_train
-        self.call_load(path, name, recipe, trainable)
+        self.call_load(path, name, recipe, trainable, **options)
         if there is None:
             if not trainable:
                 self.oracle.inference |= {name}
@@ -345,8 +346,12 @@ class Calls(RuleBasedStateMachine):
                 self.oracle.activate([name], inference=not trainable)
             elif trainable:
                 self.oracle.flags |= {key: True for key in self.oracle.flags if key[0] == name}
+        self.oracle.adapters[name].tensors = self.cast(tensors)
+
+    def cast(self, tensors):
+        """Tensors in the dtype that the model is in by now."""
         dtype = next(iter(self.oracle.base.values())).dtype
-        self.oracle.adapters[name].tensors = {key: value.to(dtype) for key, value in tensors.items()}
+        return {key: value.to(dtype) for key, value in tensors.items()}
 
     loads_to_train = True
 
@@ -362,8 +367,7 @@ class Calls(RuleBasedStateMachine):
                 hotswap_adapter(self.model, str(path), name)
             return
         hotswap_adapter(self.model, str(path), name)
-        dtype = next(iter(self.oracle.base.values())).dtype
-        self.oracle.adapters[name].tensors = {key: value.to(dtype) for key, value in tensors.items()}
+        self.oracle.adapters[name].tensors = self.cast(tensors)
 
     # ------------------------------------------------------------------------------------------------- what must fail
 
@@ -404,6 +408,28 @@ class Calls(RuleBasedStateMachine):
         with must_fail(self):
             self.call_load(bad, name, recipe, False)
 
+    @precondition(lambda self: self.can_load_strictly and self.saved)
+    @rule(data=st.data(), name=names, change=st.sampled_from(["less", "more", "other"]))
+    def load_strictly_what_has_other_names(self, data, name, change):
+        path, recipe, _ = self.some_saved(data)
+        there = self.oracle.adapters.get(name)
+        if there is not None and there.recipe != recipe:
+            return
+        bad = self.folder / "damaged"
+        shutil.rmtree(bad, ignore_errors=True)
+        shutil.copytree(path, bad)
+        state = load_file(bad / SAFETENSORS_WEIGHTS_NAME)
+        key = data.draw(st.sampled_from(sorted(state)))
+        if change != "less":
+            state[f"{key}x"] = state[key].clone()
+        if change != "more":
+            del state[key]
+        save_file(state, bad / SAFETENSORS_WEIGHTS_NAME)
+        with must_fail(self):
+            self.call_load(bad, name, recipe, False, strict=True)
+
+    can_load_strictly = False
+
 
 def must_fail(machine):
     """Context of a call that must raise a typed error, and change nothing."""
@@ -438,7 +464,7 @@ class PeftCalls(Calls):
     """`PeftModel`'s methods."""
 
     prefix = "base_model.model."
-    can_swap = True
+    can_swap = can_load_strictly = True
 
     def wrap(self, base, name, config):
         self.model = peft.get_peft_model(base, config, adapter_name=name)
@@ -477,8 +503,8 @@ class PeftCalls(Calls):
         assert found == {os.path.normpath(file) for file in expected}
         return path
 
-    def call_load(self, path, name, recipe, trainable):
-        self.model.load_adapter(path, name, is_trainable=trainable)
+    def call_load(self, path, name, recipe, trainable, **options):
+        self.model.load_adapter(path, name, is_trainable=trainable, **options)
 
     def calls_with_a_name(self):
         model, folder = self.model, self.folder
@@ -523,6 +549,63 @@ class PeftCalls(Calls):
         plain = copy.deepcopy(self.model).merge_and_unload(adapter_names=chosen)
         assert close(self.output(plain), oracle.output(used), rounded=True)
         self.is_plain(plain)
+
+    @precondition(lambda self: self.can_save and self.oracle.adapters)
+    @rule(data=st.data())
+    def save_several(self, data):
+        chosen = data.draw(st.sampled_from([None, *([name] for name in self.oracle.adapters), []]))
+        folder = self.folder / str(len(self.saved))
+        self.model.save_pretrained(folder, selected_adapters=chosen)
+        expected = list(self.oracle.adapters) if chosen is None else chosen
+        for name in expected:
+            path = folder if name == "default" else folder / name
+            self.file_agrees(name, path)
+            adapter = self.oracle.adapters[name]
+            self.saved.append((path, adapter.recipe, dict(adapter.tensors)))
+        assert {path.parent.name for path in folder.rglob(CONFIG_NAME)} == {
+            folder.name if name == "default" else name for name in expected
+        }
+        if not expected:
+            shutil.rmtree(folder)  # its number is the next one's
+
+    @precondition(lambda self: self.saved)
+    @rule(data=st.data(), name=names, low_cpu_mem_usage=st.booleans())
+    def load_into_a_new_model(self, data, name, low_cpu_mem_usage):
+        path, recipe, tensors = self.some_saved(data)
+        base = copy.deepcopy(self.plain)
+        oracle = self.new_oracle(base)
+        oracle.active = [name]
+        oracle.add(name, recipe)
+        oracle.adapters[name].tensors = self.cast(tensors)
+        model = peft.PeftModel.from_pretrained(base, path, adapter_name=name, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert not any(parameter.requires_grad or parameter.is_meta for parameter in model.parameters())
+        assert close(self.output(model), oracle.output(), rounded=True)
+
+    @precondition(lambda self: self.can_swap and self.oracle.adapters)
+    @rule(data=st.data(), name=names, exact=st.booleans(), weights=st.tuples(*[st.sampled_from([1, -0.5, 2])] * 2))
+    def combine(self, data, name, exact, weights):
+        """Add a weighted sum of adapters: their factors side by side, or the updates' singular vectors."""
+        oracle = self.oracle
+        chosen = [one for one in self.some(data) if "dora" not in dict(oracle.adapters[one].recipe.parts).values()]
+        if not chosen or name in oracle.adapters:
+            return
+        options = {"combination_type": "cat"} if exact else {"combination_type": "svd", "svd_rank": 8}
+        arguments = chosen, list(weights[: len(chosen)]), name
+        recipes = [oracle.adapters[one].recipe for one in chosen]
+        replaced = [module for one in recipes for module, part in one.parts if part in ("copy", "rows")]
+        if len(replaced) > len(set(replaced)):
+            with must_fail(self):
+                self.model.base_model.add_weighted_adapter(*arguments, **options)
+            return
+        self.model.base_model.add_weighted_adapter(*arguments, **options)
+        oracle.add(name, weighted(recipes, self.model.peft_config[name].r))
+        self.adopt(name, perturb=False)
+        for module, update in oracle.updates(name).items():
+            found = [weight * oracle.updates(one).get(module, 0 * update) for one, weight in zip(chosen, weights)]
+            assert close(update, sum(found), rounded=True), module
+        for one in chosen:
+            for key, value in oracle.adapters[one].tensors.items():
+                assert "lora_" in key or same(oracle.adapters[name].tensors[key], value), key
 
     @rule()
     def unload(self):
@@ -589,13 +672,13 @@ class InjectCalls(Calls):
         self.model.peft_config[name].save_pretrained(folder)
         return folder
 
-    def call_load(self, path, name, recipe, trainable):
-        state = peft.load_peft_weights(path)
+    def call_load(self, path, name, recipe, trainable, low_cpu_mem_usage=False, strict=False):
+        state, options = peft.load_peft_weights(path), {"low_cpu_mem_usage": low_cpu_mem_usage}
         if name not in self.oracle.adapters:
             config = recipe.config()
             config.inference_mode = not trainable
-            peft.inject_adapter_in_model(config, self.model, adapter_name=name)
-        functional.set_peft_model_state_dict(self.model, state, adapter_name=name)
+            peft.inject_adapter_in_model(config, self.model, adapter_name=name, **options)
+        functional.set_peft_model_state_dict(self.model, state, adapter_name=name, **options)
 
 
 class MixedCalls(PeftCalls):
@@ -632,10 +715,13 @@ class PromptCalls(PeftCalls):
     def start(self, name, data):
         base = self.base_model()
         self.plain = copy.deepcopy(base)
-        state = {key: value.clone() for key, value in base.state_dict().items()}
-        self.oracle = PromptOracle(state, copy.deepcopy(base))
+        self.oracle = self.new_oracle(base)
         self.oracle.active = [name]
         self.first(base, name, self.draw_recipe(data))
+
+    def new_oracle(self, base):
+        state = {key: value.clone() for key, value in base.state_dict().items()}
+        return PromptOracle(state, copy.deepcopy(base))
 
     def logits(self):
         return self.model(input_ids=IDS).logits

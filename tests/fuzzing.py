@@ -1,8 +1,9 @@
 """What the fuzzers share: how much they run, how a model and a folder are compared with what they were, and bad values.
 
 A property is checked on a few examples, the same ones every time, by `make test`, and on many random ones by
-`make test-slow`. There, `ARGS=--hypothesis-seed=N` chooses the random numbers and the variable `FUZZ_EXAMPLES` how many
-examples each test has; what fails is printed with the shortest way to it.
+`make test-slow`. There, `ARGS=--hypothesis-seed=N` chooses the random numbers, the variable `FUZZ_EXAMPLES` how many
+examples each test has at most, and `FUZZ_SECONDS` after how many seconds no test starts on more of them. What fails is
+printed with a short way to it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import inspect
 import linecache
 import math
 import os
+import random
+import time
 import types
 import typing
 import warnings
@@ -21,10 +24,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis.core
+import hypothesis.internal.conjecture.engine as engine
 import matrix
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import run_state_machine_as_test
 from torch import nn
@@ -35,22 +40,44 @@ from peft.utils.registry import Method, all_methods
 
 SOURCES = str(Path(peft.__file__).parent)
 MANY = int(os.environ.get("FUZZ_EXAMPLES", "200"))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "15"))
+PORTION = 20
+"""How many examples are looked at between two looks at the clock."""
+
+# Of a sequence of calls each step of the way to a shorter one takes as long as the sequence: five minutes are too many.
+assert engine.MAX_SHRINKING_SECONDS > 0
+engine.MAX_SHRINKING_SECONDS = min(engine.MAX_SHRINKING_SECONDS, 2 * SECONDS)
 
 
 # ------------------------------------------------------------------------------------------------------------ how much
 
 
-def _settings(few: int | None, **options: Any) -> settings:
-    """The settings of a run of few fixed examples, or, for None, of many random ones."""
+def _settings(examples: int, fixed: bool, **options: Any) -> settings:
+    """The settings of a run of so many examples, the same ones every time or random ones."""
     return settings(
-        max_examples=few or MANY,
-        derandomize=few is not None,
+        max_examples=examples,
+        derandomize=fixed,
         database=None,
         deadline=None,
         report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
         **options,
     )
+
+
+def portions(examples: int, seconds: float) -> Iterator[tuple[int, int]]:
+    """Portions of examples until there are enough of them or the time is over, at least one: the seed and size of each.
+
+    The clock is asked between portions, and not within them, since an example that had failed could not be repeated
+    after its time.
+    """
+    chosen = hypothesis.core.global_force_seed
+    start = random.SystemRandom().getrandbits(32) if chosen is None else chosen
+    end = time.monotonic() + seconds
+    for done in range(0, examples, PORTION):
+        if done and time.monotonic() > end:
+            return
+        yield start + done, min(PORTION, examples - done)
 
 
 def fuzzed(few: int, **strategies: st.SearchStrategy) -> Callable:
@@ -64,10 +91,12 @@ def fuzzed(few: int, **strategies: st.SearchStrategy) -> Callable:
     """
 
     def decorate(check: Callable) -> Callable:
-        runs = {"few": _settings(few)(given(**strategies)(check)), "many": _settings(None)(given(**strategies)(check))}
-
         def test(examples: str, **arguments: Any) -> None:
-            runs[examples](**arguments)
+            if examples == "few":
+                _settings(few, fixed=True)(given(**strategies)(check))(**arguments)
+                return
+            for number, size in portions(MANY, SECONDS):
+                seed(number)(_settings(size, fixed=False)(given(**strategies)(check)))(**arguments)
 
         parameters = inspect.signature(check).parameters
         fixtures = [parameter for name, parameter in parameters.items() if name not in strategies]
@@ -87,8 +116,12 @@ def run_machine(machine: type, few: int | None, steps: int) -> None:
         few: how many sequences the ordinary run has; None for the slow run, which has half as many as examples of a test.
         steps: the most steps of a sequence.
     """
-    options = _settings(few, stateful_step_count=steps)
-    run_state_machine_as_test(machine, settings=settings(options, max_examples=few or MANY // 2))
+    if few is not None:
+        run_state_machine_as_test(machine, settings=_settings(few, fixed=True, stateful_step_count=steps))
+        return
+    for number, size in portions(MANY // 2, SECONDS):
+        options = _settings(size, fixed=False, stateful_step_count=steps)
+        run_state_machine_as_test(seed(number)(type(machine.__name__, (machine,), {})), settings=options)
 
 
 # --------------------------------------------------------------------------------------------------------------- errors

@@ -75,6 +75,8 @@ class Recipe:
     options: tuple
     parts: tuple
     tokens: tuple = ()
+    scale: float = SCALE
+    """By what the product of LoRA's or LoHa's factors is multiplied."""
 
     def config(self):
         cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[self.method]
@@ -126,10 +128,21 @@ ROWS = {
         "TRAINABLE_TOKENS", {"embed": "row layer"}, (5, 7), target_modules=["embed"], token_indices=[5, 7]
     ),
 }
+FACTORS = ("lora_B.weight", "lora_A.weight")
+
+
+def weighted(recipes, rank):
+    """What `add_weighted_adapter` makes of adapters: all of their parts, and no scale beside the factors' own."""
+    parts = {part: None for one in recipes for part in one.parts}
+    tokens = next((one.tokens for one in recipes if one.tokens), ())
+    return Recipe("LORA", (("r", rank),), tuple(parts), tokens, scale=1.0)
+
+
 MIXED = {
     "plain": LORAS["plain"],
     "copies": LORAS["copies"],
     "dora": LORAS["dora"],
+    "rows": LORAS["rows"],
     "loha": recipe("LOHA", {"lin": "loha", "twin": "loha"}, target_modules=["lin", "twin"], r=2, alpha=3),
 }
 
@@ -273,6 +286,16 @@ class Oracle:
                 return None
         return after
 
+    def updates(self, name):
+        """Module -> what a LoRA adapter without magnitudes adds to its weight: scale times the product of the factors."""
+        adapter, found = self.adapters[name], {}
+        for module, part in adapter.recipe.parts:
+            if part in ("lora", "table"):
+                left, right = ("lora_embedding_B", "lora_embedding_A") if part == "table" else FACTORS
+                tensors = adapter.tensors[f"{module}.{left}"], adapter.tensors[f"{module}.{right}"]
+                found[module] = adapter.recipe.scale * tensors[0] @ tensors[1]
+        return found
+
     def unmerge(self):
         self.merged = {owner: [] for owner in self.merged}
 
@@ -348,16 +371,16 @@ def effect(part, recipe, tensors, start, weight, bias):
         weight, bias: with earlier adapters in place, in the order of activation or merging.
     """
     if part in ("lora", "dora"):
-        delta = SCALE * tensors["lora_B.weight"] @ tensors["lora_A.weight"]
+        delta = recipe.scale * tensors["lora_B.weight"] @ tensors["lora_A.weight"]
         if part == "lora":
             return weight + delta, bias
         norm = (start + delta).norm(dim=1).detach()
         return (tensors["lora_magnitude_vector"] / norm)[:, None] * (weight + delta), bias
     if part == "table":
-        return weight + SCALE * (tensors["lora_embedding_B"] @ tensors["lora_embedding_A"]).T, bias
+        return weight + recipe.scale * (tensors["lora_embedding_B"] @ tensors["lora_embedding_A"]).T, bias
     if part == "loha":
         first, second = (tensors[f"hada_w{i}_a"] @ tensors[f"hada_w{i}_b"] for i in (1, 2))
-        return weight + SCALE * first * second, bias
+        return weight + recipe.scale * first * second, bias
     if part == "gain":
         gain = tensors["ia3_l"].flatten()
         if bias is None:  # a table, whose columns are the features

@@ -1,8 +1,10 @@
-"""The example of two processes, in its short form: DDP and FSDP2 give what one process gives."""
+"""The example of two processes: its training on a few words, and its short form, in which DDP and FSDP2 are compared."""
 
 import argparse
 
 import pytest
+import torch
+from distributed import in_two_processes
 
 from examples import load_example, run_example
 
@@ -12,7 +14,7 @@ TRAINED = LAYERS * 2 * 2 * RANK * WIDTH + 2 * WIDTH + 2
 """Factors of queries and values, and the head."""
 
 
-pytestmark = pytest.mark.slow  # processes take longer to start than to train
+slow = pytest.mark.slow  # processes take longer to start than to train
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,30 @@ def runs(outcome):
     return {run["way"]: run for run in outcome.results["runs"]}
 
 
+def test_two_processes_train_what_one_does(example, tmp_path):
+    from workers import sentiment
+
+    ((first, second),), ((third,),) = in_two_processes("sentiment:fully_sharded", folder=tmp_path)
+    assert [(report["way"], report["rank"]) for report in (first, second, third)] == [
+        ("one", 0),
+        ("fsdp2", 0),
+        ("fsdp2", 1),
+    ]
+    assert len(first["losses"]) == 3 and len(set(first["losses"])) == 3
+    assert second["losses"] == third["losses"] == pytest.approx(first["losses"], abs=1e-5)
+    assert max(second["weight_bytes"], third["weight_bytes"]) < 0.52 * first["weight_bytes"]
+    assert second["state_bytes"] + third["state_bytes"] == pytest.approx(first["state_bytes"], rel=0.01)
+    reader = example.train.Reader()
+    torch.manual_seed(sentiment.SEED + 1)  # another head than the one that was trained
+    model = example.PeftModel.from_pretrained(example.train.SentimentModel(reader), tmp_path / "task0" / "fsdp2")
+    _, held_out = example.train.read_words(sentiment.SEED, sentiment.PLAN)
+    expected = torch.tensor(first["logits"])
+    assert len(expected) == sentiment.PLAN.held_out
+    torch.testing.assert_close(example.train.predict(model, reader, held_out), expected, atol=1e-4, rtol=0)
+    assert torch.equal(torch.tensor(second["logits"]), torch.tensor(third["logits"]))
+
+
+@slow
 def test_writes_these_files(outcome):
     adapters = {f"{way}/{name}" for way in WAYS for name in ("adapter_config.json", "adapter_model.safetensors")}
     readmes = {f"{way}/README.md" for way in WAYS}
@@ -37,6 +63,7 @@ def test_writes_these_files(outcome):
     assert outcome.is_picture("two_processes.png")
 
 
+@slow
 def test_losses_are_those_of_one_process(runs):
     assert {way: len(run["reports"]) for way, run in runs.items()} == WAYS
     for run in runs.values():
@@ -47,11 +74,13 @@ def test_losses_are_those_of_one_process(runs):
     assert min(losses[-2:]) < losses[0]
 
 
+@slow
 def test_one_process_loads_what_two_have_saved(runs):
     assert all(run["loaded_off_by"] < 1e-5 for run in runs.values())
     assert len({run["reports"][0]["accuracy"] for run in runs.values()}) == 1
 
 
+@slow
 def test_memory(runs):
     weights = {way: [report["weight_bytes"] for report in run["reports"]] for way, run in runs.items()}
     assert weights["ddp"] == 2 * weights["one"]
@@ -66,6 +95,7 @@ def test_memory(runs):
     assert 0 < steps["ddp"] < 0.8 * steps["one"]
 
 
+@slow
 def test_prints_the_table(outcome):
     for part in ("one process", "two, DDP", "two, FSDP2", "losses off by", "s per step", "accuracy"):
         assert part in outcome.printed

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -248,8 +249,10 @@ class Two(nn.Module):
         ({}, (10, 10, 10)),
         (None, (10, 10, 10)),
         ({"1": 3, "last": 4}, (10, 3, 4)),
-        ({"block.0": 3, "0": 5}, (3, 10, 10)),
-        ({"block.*": 2}, (2, 2, 10)),
+        ({"block.0": 3}, (3, 10, 10)),
+        ({"block.0": 3, "0": 5}, (5, 10, 10)),
+        ({"0|last": 2}, (2, 10, 2)),
+        ({"[01]": 4}, (4, 4, 10)),
     ],
     ids=str,
 )
@@ -258,6 +261,15 @@ def test_pattern_gives_the_number_by_module(pattern, expected):
     model = FourierFTModel(Two(), options, "default").model
     layers = (model.block[0], model.block[1], model.last)
     assert tuple(layer.fourierft_n_frequency["default"] for layer in layers) == expected
+
+
+@pytest.mark.parametrize("pattern", ["block.*", "^last", ".*last", "l.st", "x"])
+def test_pattern_that_no_name_matches_after_a_dot_changes_nothing_and_warns(pattern):
+    options = config(target_modules=["0", "1", "last"], n_frequency_pattern={pattern: 3})
+    with pytest.warns(RuntimeWarning, match=f"n_frequency_pattern: {re.escape(repr(pattern))} matches none"):
+        model = FourierFTModel(Two(), options, "default").model
+    layers = (model.block[0], model.block[1], model.last)
+    assert [layer.fourierft_n_frequency["default"] for layer in layers] == [10, 10, 10]
 
 
 @pytest.mark.parametrize(

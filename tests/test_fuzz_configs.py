@@ -6,6 +6,7 @@ The methods are those of the registry, and the values are made after the annotat
 import copy
 import dataclasses
 import json
+import time
 
 import fuzzing
 import numpy as np
@@ -15,6 +16,7 @@ import test_config
 import torch
 from fuzzing import IDS, differences, fuzzed, json_values, net, snapshot, typed_errors_only, values_for
 from hypothesis import strategies as st
+from torch import nn
 
 import peft
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
@@ -233,3 +235,36 @@ def test_the_numbers_of_an_adaption_prompt(number):
     config = peft.AdaptionPromptConfig(adapter_len=number, adapter_layers=number, task_type="CAUSAL_LM")
     model = peft.get_peft_model(prompts.base_of(prompts.llama), config)
     assert (model.peft_config["default"].adapter_len, model.peft_config["default"].adapter_layers) == (2, 2)
+
+
+# ------------------------------------------------------------------------------------------------------ many entries
+
+
+def many_layers(count):
+    names = [f"layer{number}" for number in range(count)]
+    return nn.ModuleDict({name: nn.Linear(4, 4) for name in names}), names
+
+
+def test_a_misspelled_name_among_many_is_told():
+    base, names = many_layers(30)
+    config = peft.LoraConfig(target_modules=[*names[:25], "layr1"])
+    with pytest.warns(UserWarning, match=r"match no module: 'layr1' \(nearest: layer1"):
+        model = peft.get_peft_model(base, config)
+    assert sorted(model.targeted_module_names) == sorted(names[:25])
+
+
+def test_many_names_that_match_nothing_are_told():
+    config = peft.LoraConfig(target_modules=[f"layr{number}" for number in range(30)])
+    with pytest.raises(
+        ValueError, match="No module matches target_modules: 'layr0' .*; 20 more. Nothing was injected"
+    ):
+        peft.get_peft_model(many_layers(3)[0], config)
+
+
+def test_a_rank_for_each_of_many_layers_takes_no_time():
+    base, names = many_layers(560)  # more patterns than the module re remembers
+    ranks = {name: 1 + number % 3 for number, name in enumerate(names)}
+    begin = time.process_time()
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules="all-linear", rank_pattern=ranks))
+    assert time.process_time() - begin < 8
+    assert {name: layer.r["default"] for name, layer in model.base_model.model.items()} == ranks

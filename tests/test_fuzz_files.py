@@ -3,10 +3,15 @@
 A load either succeeds or raises one error of this library. Then the model is as it was, and so are the files.
 """
 
+import contextlib
+import dataclasses
 import json
 import os
 import pickle
+import resource
 import struct
+import sys
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,7 +274,7 @@ def of_dtype(dtype):
 def with_value(value):
     def change(draw, tensor):
         tensor = tensor.clone()
-        if tensor.numel():
+        if tensor.numel() and tensor.is_floating_point() and tensor.element_size() > 1:
             tensor.view(-1)[draw(st.integers(0, tensor.numel() - 1))] = value
         return tensor
 
@@ -438,3 +443,232 @@ def test_a_column_of_twice_the_length_is_of_another_shape(door, folder_of, tmp_p
     save_file({name: torch.cat([value, value]) for name, value in state.items()}, tmp_path / "changed")
     bad = copy_of(folder_of(saved), tmp_path / "bad", (tmp_path / "changed").read_bytes())
     assert load(saved, bad, door) is None
+
+
+# ----------------------------------------------------------------------------------- sizes that the weights do not have
+
+ROOM = 4 << 30
+"""Bytes that a load may take beside what the process has already."""
+HUGE_SIZES = [10**6, 10**9, 2**62]
+
+
+def sizes_of(saved):
+    """The fields of a method that may say how large its tensors are."""
+    cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[saved.config().peft_type]
+    return sorted({entry.name for entry in dataclasses.fields(cls)} & SIZES)
+
+
+SIZES = {
+    *(
+        "r",
+        "init_r",
+        "adapter_len",
+        "n_tasks",
+        "n_skills",
+        "n_splits",
+        "n_frequency",
+        "oft_block_size",
+        "num_virtual_tokens",
+    ),
+    *("num_layers", "token_dim", "num_transformer_submodules", "num_ranks", "num_tasks", "encoder_hidden_size"),
+}
+OF_SIZES = [(saved, field) for saved in SAVED for field in sizes_of(saved)]
+
+
+def numbers_in(model):
+    """How many numbers a model has; a size in a configuration that has no say in it may be anything."""
+    return sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()])
+
+
+@contextlib.contextmanager
+def little_memory():
+    """Context in which whoever asks for much memory is refused, instead of everybody on the machine waiting for it."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
+@pytest.mark.parametrize("saved, field", OF_SIZES, ids=str)
+def test_a_size_that_the_weights_do_not_have_is_refused_before_memory_is_taken(saved, field, folder_of, tmp_path):
+    content = json.loads((folder_of(saved) / "adapter_config.json").read_text())
+    whole = (folder_of(saved) / SAFETENSORS_WEIGHTS_NAME).read_bytes()
+    as_saved = {door: numbers_in(load(saved, folder_of(saved), door)) for door in (load_anew, load_beside)}
+    for size in HUGE_SIZES:
+        folder = copy_of(folder_of(saved), tmp_path / str(size), whole)
+        (folder / "adapter_config.json").write_text(json.dumps({**content, field: size}))
+        for door in (load_anew, load_beside):
+            begin = time.process_time()
+            with little_memory():
+                loaded = load(saved, folder, door)
+            assert loaded is None or numbers_in(loaded) == as_saved[door], f"{size} by {door.__name__}"
+            assert time.process_time() - begin < 5
+
+
+# --------------------------------------------------------------------------------------- configurations with much in them
+
+MUCH = {
+    "a long expression": {"target_modules": "x" * 100_000},
+    "many names": {"target_modules": [f"m{number}" for number in range(20_000)]},
+    "long names": {"target_modules": [f"{number}".zfill(50_000) for number in range(100)]},
+    "unknown fields": {f"x{number}": 1 for number in range(20_000)},
+    "a long unknown field": {"x" * 1_000_000: 1},
+    "a long place": {"base_model_name_or_path": "x" * 1_000_000},
+}
+
+
+@pytest.mark.parametrize("much", MUCH)
+def test_what_is_wrong_with_much_is_said_soon_and_briefly(much, folder_of, tmp_path):
+    saved = BY_NAME["lora"]
+    content = json.loads((folder_of(saved) / "adapter_config.json").read_text()) | MUCH[much]
+    weights = (folder_of(saved) / SAFETENSORS_WEIGHTS_NAME).read_bytes()
+    folder = copy_of(folder_of(saved), tmp_path / "much", weights)
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+    begin = time.process_time()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            peft.PeftModel.from_pretrained(saved.base(), folder)
+        except ValueError as error:
+            assert "target_modules" in MUCH[much]
+            assert "No module matches target_modules" in str(error)
+            assert len(str(error)) < 5000
+        else:
+            assert "target_modules" not in MUCH[much]
+    assert all(len(str(one.message)) < 5000 for one in warned)
+    assert time.process_time() - begin < 5
+
+
+ENDLESS = {
+    "loftq": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 10**9}},
+    "pissa": {"init_lora_weights": "pissa_niter_1000000000"},
+    "pissa of many digits": {"init_lora_weights": "pissa_niter_" + "9" * 100_000},
+}
+
+
+@pytest.mark.parametrize("endless", ENDLESS)
+def test_a_start_that_would_never_end_is_refused(endless, folder_of, tmp_path):
+    if endless == "loftq":
+        pytest.importorskip("bitsandbytes")
+    saved = BY_NAME["lora"]
+    content = json.loads((folder_of(saved) / "adapter_config.json").read_text()) | ENDLESS[endless]
+    folder = copy_of(folder_of(saved), tmp_path / "bad", (folder_of(saved) / SAFETENSORS_WEIGHTS_NAME).read_bytes())
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+    for door in (load_anew, load_beside, load_over):
+        assert (load(saved, folder, door) is None) is (door is not load_over)
+
+
+# ------------------------------------------------------------------------------------------- the class of a base model
+
+
+@pytest.fixture(scope="module")
+def plain_folder(tmp_path_factory):
+    """An adapter beside its base model, for `AutoPeftModel`."""
+    base, folder = prompts.base_of(prompts.llama), tmp_path_factory.mktemp("auto")
+    base.save_pretrained(folder / "base")
+    base.name_or_path = str(folder / "base")
+    peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    return folder
+
+
+def with_mapping(folder, target, **fields):
+    weights = (folder / SAFETENSORS_WEIGHTS_NAME).read_bytes()
+    copied = copy_of(folder, target, weights)
+    content = json.loads((folder / "adapter_config.json").read_text()) | fields
+    (copied / "adapter_config.json").write_text(json.dumps(content))
+    return copied
+
+
+def test_the_class_that_a_file_names_is_loaded(plain_folder):
+    model = peft.AutoPeftModel.from_pretrained(plain_folder)
+    assert type(model.get_base_model()).__name__ == "LlamaForCausalLM"
+
+
+MAPPINGS = [
+    ({"parent_library": "os", "base_model_class": "system"}, "not among the libraries"),
+    ({"parent_library": "transformers_evil", "base_model_class": "x"}, "not among the libraries"),
+    ({"parent_library": "transformers"}, "base_model_class; found"),
+    ({"parent_library": 3, "base_model_class": "x"}, "base_model_class; found"),
+    ({"parent_library": "transformers", "base_model_class": ["x"]}, "base_model_class; found"),
+    ({"parent_library": "transformers", "base_model_class": "NoSuchModel"}, "'NoSuchModel' in 'transformers'"),
+    ({"parent_library": "transformers", "base_model_class": "utils.logging"}, "which is not there"),
+    ({"parent_library": "transformers.nope", "base_model_class": "x"}, "which is not there"),
+    ({"parent_library": "transformers..os", "base_model_class": "x"}, "which is not there"),
+    ({"parent_library": "transformers", "base_model_class": "pipeline"}, "none that has from_pretrained"),
+    ({"parent_library": "transformers", "base_model_class": "__class__"}, "none that has from_pretrained"),
+    ({"parent_library": "transformers", "base_model_class": "logging"}, "none that has from_pretrained"),
+]
+
+
+@pytest.mark.parametrize("mapping, words", MAPPINGS, ids=str)
+def test_a_class_that_is_no_model_is_refused(mapping, words, plain_folder, tmp_path):
+    folder = with_mapping(plain_folder, tmp_path / "other", auto_mapping=mapping)
+    with fuzzing.typed_errors_only() as caught:
+        peft.AutoPeftModel.from_pretrained(folder)
+    assert isinstance(caught[0], ValueError) and words in str(caught[0])
+
+
+@pytest.mark.parametrize("place", [None, ""])
+def test_a_base_model_without_a_place_is_refused(place, plain_folder, tmp_path):
+    folder = with_mapping(plain_folder, tmp_path / "other", base_model_name_or_path=place)
+    with fuzzing.typed_errors_only() as caught:
+        peft.AutoPeftModel.from_pretrained(folder)
+    assert "base_model_name_or_path" in str(caught[0]) and str(folder) in str(caught[0])
+
+
+# -------------------------------------------------------------------------------------------------------- odd folders
+
+
+def shards(folder):
+    (folder / SAFETENSORS_WEIGHTS_NAME).unlink()
+    index = {"metadata": {}, "weight_map": {"x": "../../outside.safetensors"}}
+    (folder / f"{SAFETENSORS_WEIGHTS_NAME}.index.json").write_text(json.dumps(index))
+
+
+def in_place_of(name, make):
+    def change(folder):
+        (folder / name).unlink()
+        make(folder / name)
+
+    return change
+
+
+ODD_FOLDERS = {
+    "an index of shards": shards,
+    "weights that are a device": in_place_of(SAFETENSORS_WEIGHTS_NAME, lambda path: path.symlink_to("/dev/zero")),
+    "weights that link to themselves": in_place_of(SAFETENSORS_WEIGHTS_NAME, lambda path: path.symlink_to(path)),
+    "weights that link to nothing": in_place_of(SAFETENSORS_WEIGHTS_NAME, lambda path: path.symlink_to("nothing")),
+    "weights that are a folder": in_place_of(SAFETENSORS_WEIGHTS_NAME, Path.mkdir),
+    "weights that are a pipe": in_place_of(SAFETENSORS_WEIGHTS_NAME, os.mkfifo),
+    "empty weights": in_place_of(SAFETENSORS_WEIGHTS_NAME, Path.touch),
+    "a configuration that is a device": in_place_of("adapter_config.json", lambda path: path.symlink_to("/dev/zero")),
+    "a configuration that is a folder": in_place_of("adapter_config.json", Path.mkdir),
+    "an empty configuration": in_place_of("adapter_config.json", Path.touch),
+}
+
+
+@pytest.mark.parametrize("door", [load_anew, load_beside, load_over, swap], ids=lambda door: door.__name__)
+@pytest.mark.parametrize("odd", ODD_FOLDERS)
+def test_an_odd_folder_is_refused(odd, door, folder_of, tmp_path, monkeypatch):
+    saved = BY_NAME["lora"]
+    monkeypatch.setattr(fuzzing, "tree", lambda folder: sorted(path.name for path in folder.rglob("*")))
+    whole = (folder_of(saved) / SAFETENSORS_WEIGHTS_NAME).read_bytes()
+    ODD_FOLDERS[odd](copy_of(folder_of(saved), tmp_path / "odd", whole))
+    loaded = load(saved, tmp_path / "odd", door)
+    assert loaded is None or (
+        door is load_over and "configuration" in odd
+    )  # which an adapter that is there has already
+
+
+def test_a_folder_of_links_is_loaded(folder_of, tmp_path):
+    saved = BY_NAME["lora"]
+    (tmp_path / "links").mkdir()
+    for path in folder_of(saved).iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    (tmp_path / "link").symlink_to(tmp_path / "links")
+    loaded = load(saved, tmp_path / "link", load_anew)
+    assert torch.equal(saved.forward(loaded), saved.forward(load(saved, folder_of(saved), load_anew)))

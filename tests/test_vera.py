@@ -535,6 +535,7 @@ def test_configuration():
     assert VeraConfig(target_modules=["a", "a"]).target_modules == {"a"}
     with pytest.raises(ValueError, match="layers_pattern='h'"):
         VeraConfig(layers_pattern="h")
+    assert VeraConfig(layers_pattern="h", layers_to_transform=0).layers_to_transform == 0  # the first layer, not none
     with pytest.warns(UserWarning, match="save_projection=False"):
         VeraConfig(save_projection=False)
 

@@ -14,9 +14,10 @@ from torch.nn.modules.module import _IncompatibleKeys
 from .config import PeftConfig
 from .engine.checkpoint import get_peft_model_state_dict, load_adapter_state, load_peft_weights
 from .engine.loading import finish_loading
-from .engine.state import LoadResult
+from .engine.state import LoadResult, base_model_of
 from .engine.undo import Undo
 from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from .prompt_learning import check_prompt_file
 from .utils.constants import CONFIG_NAME
 from .utils.hub import download_parameters
 from .utils.naming import check_adapter_name, near_misses
@@ -181,6 +182,7 @@ class AdapterFiles:
         if key_mapping is None and not config.is_prompt_learning:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         state = self._read_weights(None, key_mapping)
+        self._check_sizes(model, config, adapter_name, state)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         with Undo() as undo:
             wrapped = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, cls)(
@@ -220,6 +222,7 @@ class AdapterFiles:
                 config = self.read_config()
                 self.prepare_config(config, is_trainable, ephemeral_gpu_offload)
                 model._check_new_adapter_config(config, is_trainable)
+                self._check_sizes(base_model_of(model), config, adapter_name, state)
                 model.add_adapter(
                     adapter_name,
                     config,
@@ -249,6 +252,19 @@ class AdapterFiles:
 
     def _read_weights(self, device: str | None, key_mapping: dict[str, str] | None) -> dict[str, torch.Tensor]:
         return load_peft_weights(self.source, device=device, key_mapping=key_mapping, **self.hub)
+
+    def _check_sizes(
+        self, base: nn.Module, config: PeftConfig, adapter_name: str, state: dict[str, torch.Tensor]
+    ) -> None:
+        """Raise if the configuration asks for tensors of other sizes than the file has, before memory is taken for them."""
+        if self.rest.get("ignore_mismatched_sizes"):
+            return
+        if config.is_prompt_learning:
+            check_prompt_file(config, base, state, adapter_name)
+        else:
+            check = getattr(method(config.peft_type).model_cls, "check_file", None)
+            if check is not None:
+                check(config, state)
 
     def _fill(
         self, model: PeftModel, adapter_name: str, state: dict[str, torch.Tensor], strict: bool = False

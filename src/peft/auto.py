@@ -84,6 +84,12 @@ class _BaseAutoPeftModel:
         """
         peft_config = PeftConfig.from_pretrained(pretrained_model_name_or_path, revision=revision, **kwargs)
         base_cls, peft_cls = cls._classes(peft_config, import_allowlist)
+        if not peft_config.base_model_name_or_path:
+            raise ValueError(
+                f"The configuration at {os.fspath(pretrained_model_name_or_path)!r} does not say what its base model is: "
+                f"base_model_name_or_path is {peft_config.base_model_name_or_path!r}. Load the base model yourself and use "
+                "PeftModel.from_pretrained."
+            )
         base = base_cls.from_pretrained(peft_config.base_model_name_or_path, revision=peft_config.revision, **kwargs)
         _resize_embeddings(base, pretrained_model_name_or_path, revision, kwargs)
         return peft_cls.from_pretrained(
@@ -113,11 +119,32 @@ class _BaseAutoPeftModel:
                 f"The adapter's configuration has neither a task_type nor an auto_mapping, so {cls.__name__} cannot tell what "
                 "its base model is. Load the base model yourself and use PeftModel.from_pretrained."
             )
-        parent = mapping["parent_library"]
-        check_import_allowlist(allowlist or get_default_import_allowlist(), parent)
-        return getattr(
-            importlib.import_module(parent), mapping["base_model_class"]
-        ), cls._target_peft_class or PeftModel
+        base = _class_called(mapping, allowlist or get_default_import_allowlist())
+        return base, cls._target_peft_class or PeftModel
+
+
+def _class_called(mapping: dict[str, Any], allowlist: list[str]) -> Any:
+    """The class that an adapter's file names, out of one of the libraries to import from."""
+    parent, name = (mapping.get(key) for key in ("parent_library", "base_model_class"))
+    if not isinstance(parent, str) or not isinstance(name, str):
+        raise ValueError(
+            "The auto_mapping in an adapter's configuration names a class by the texts parent_library and "
+            f"base_model_class; found {mapping}. Load the base model yourself and use PeftModel.from_pretrained."
+        )
+    check_import_allowlist(allowlist, parent)
+    try:
+        found = getattr(importlib.import_module(parent), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"The adapter's base model is of the class {name!r} in {parent!r}, which is not there: {error}. It may be of "
+            "another version; load the base model yourself and use PeftModel.from_pretrained."
+        ) from error
+    if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
+        raise ValueError(
+            f"The adapter's configuration names {name!r} in {parent!r} as the class of its base model, and it is none that "
+            "has from_pretrained."
+        )
+    return found
 
 
 def _resize_embeddings(base: Any, source: str | os.PathLike, revision: str | None, kwargs: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from .utils.constants import CONFIG_NAME
 from .utils.error import ConfigFileError, SaveLocationError
 from .utils.field_types import type_problem
 from .utils.files import replacing
-from .utils.naming import did_you_mean, near_misses
+from .utils.naming import brief, did_you_mean, near_misses
 from .utils.peft_types import PeftType, TaskType
 from .utils.registry import config_class
 from .utils.warning import PeftWarning
@@ -42,6 +42,8 @@ class PeftConfigMixin(PushToHubMixin):
 
     module_patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
     """Fields, where the method has them, that map patterns of module names to values."""
+    pattern_form: ClassVar[str] = r"(.*\.)?({})$"
+    """The expression that such a pattern, in place of `{}`, is a part of; a name must match it from its start."""
     fractional: ClassVar[tuple[str, ...]] = ()
     """Fields annotated as whole numbers, and patterns, whose numbers may be fractions all the same."""
 
@@ -55,6 +57,8 @@ class PeftConfigMixin(PushToHubMixin):
         if self.task_type is not None and self.task_type not in tasks:
             hint = did_you_mean(str(self.task_type), tasks)
             raise ValueError(f"There is no task_type {self.task_type!r}; there are {', '.join(tasks)}.{hint}")
+        if isinstance(getattr(self, "modules_to_save", None), str):
+            self.modules_to_save = [self.modules_to_save]  # one name, not one for each letter
         if self.peft_version is None:
             self.peft_version = self._get_peft_version()
 
@@ -321,7 +325,8 @@ def _without_unknown(target: type, values: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(values) - set(known))
     if not unknown:
         return values
-    hints = ", ".join(f"{name!r}{_closest(name, known)}" for name in unknown)
+    hints = ", ".join(f"{brief(name)}{_closest(name, known)}" for name in unknown[:20])
+    hints += f" and {len(unknown) - 20} more" if len(unknown) > 20 else ""
     if not values.keys() >= MIN_EXPECTED_CONFIG_KEYS:
         raise TypeError(f"{target.__name__} has no fields {hints}, and there is no 'peft_type' either.")
     warnings.warn(

@@ -7,8 +7,10 @@ The state is the model's own, under the names that users and clients know: `prom
 
 from __future__ import annotations
 
+import copy
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,6 +38,7 @@ from .engine.sharding import (
 from .engine.state import AdapterState, LoadResult, check_dtype, check_finite
 from .engine.tuner import places_of
 from .engine.undo import Undo
+from .utils.error import SizeError
 from .utils.field_types import check_numbers
 from .utils.prompts import _prepare_prompt_learning_config
 from .utils.registry import method
@@ -49,6 +52,8 @@ ENCODERS = "prompt_encoder"
 SIZES = ("num_virtual_tokens", "num_transformer_submodules", "token_dim", "num_layers", "num_attention_heads")
 SIZES += ("encoder_hidden_size", "encoder_num_layers")
 """Fields that say how large tensors are, where a method has them."""
+MOST_NUMBERS = 2**36
+"""A prompt of more numbers, 256 GB of them, is a mistake in its configuration."""
 
 
 @dataclass(frozen=True)
@@ -103,13 +108,7 @@ class PromptLearning:
         """
         model, base = self.model, self.model.base_model
         model_config = Injection.model_config(base)
-        check_numbers(config)
-        given = {name: getattr(config, name, None) for name in SIZES}
-        _check_sizes(config, {name: size for name, size in given.items() if size is not None})
-        _prepare_prompt_learning_config(config, getattr(base, "config", model_config))
-        if config.num_transformer_submodules is None:
-            config.num_transformer_submodules = 2 if config.task_type == "SEQ_2_SEQ_LM" else 1
-        _check_sizes(config, {name: getattr(config, name, 1) for name in SIZES})
+        _complete(config, base)
         first = ENCODERS not in model._modules
         if first:
             self._set_up(undo)
@@ -320,17 +319,11 @@ class PromptLearning:
         with gathered(encoder):
             shapes = encoder.saved_shapes()
         own = {name: state[name] for name in shapes if name in state}
-        wrong = {name: tuple(value.shape) for name, value in own.items() if value.shape != shapes[name]}
+        wrong = _of_other_shapes(own, shapes)
+        if wrong and not ignore_mismatched_sizes:
+            _refuse_shapes(wrong, adapter_name)
         if wrong:
-            lines = "; ".join(
-                f"{name}: expected {tuple(shapes[name])}, found {found}" for name, found in wrong.items()
-            )
-            if not ignore_mismatched_sizes:
-                raise RuntimeError(
-                    f"The weights do not fit the adapter {adapter_name!r} (size mismatch): {lines}. Nothing was "
-                    "loaded. Use the configuration they were trained with, or pass ignore_mismatched_sizes=True."
-                )
-            warnings.warn(f"Weights of another shape are left out for the adapter {adapter_name!r}: {lines}.")
+            warnings.warn(f"Weights of another shape are left out for the adapter {adapter_name!r}: {_listed(wrong)}.")
         fitting = {name: value for name, value in own.items() if name not in wrong}
         for name, value in fitting.items():
             check_dtype(name, value, torch.float32)
@@ -343,10 +336,75 @@ class PromptLearning:
         return LoadResult([name for name in shapes if name not in own] + result.missing, result.unexpected)
 
 
+def check_prompt_file(
+    config: PromptLearningConfig, base: nn.Module, state: dict[str, torch.Tensor], adapter_name: str
+) -> None:
+    """Raise if a file's tensors are not of the shapes that its configuration makes, before any is made.
+
+    Args:
+        config: the configuration in the file; it is left as it is.
+        base: the base model, which completes it.
+        state: tensors by their names on disk.
+        adapter_name: the name that the adapter is to have.
+
+    Raises:
+        RuntimeError: a tensor has another shape.
+        ValueError: the configuration cannot be used.
+    """
+    config = copy.copy(config)
+    _complete(config, base)
+    wrong = _of_other_shapes(state, method(config.peft_type).model_cls.promised_shapes(config))
+    if wrong:
+        _refuse_shapes(wrong, adapter_name)
+
+
+_Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+def _of_other_shapes(state: dict[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> _Shapes:
+    """Name -> the shape that was expected and the one that was found, where they differ."""
+    pairs = {name: (tuple(shape), tuple(state[name].shape)) for name, shape in shapes.items() if name in state}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _listed(wrong: _Shapes) -> str:
+    return "; ".join(f"{name}: expected {expected}, found {found}" for name, (expected, found) in wrong.items())
+
+
+def _refuse_shapes(wrong: _Shapes, adapter_name: str) -> None:
+    raise RuntimeError(
+        f"The weights do not fit the adapter {adapter_name!r} (size mismatch): {_listed(wrong)}. Nothing was loaded. Use "
+        "the configuration they were trained with, or pass ignore_mismatched_sizes=True."
+    )
+
+
+def _complete(config: PromptLearningConfig, base: nn.Module) -> None:
+    """Set, in place, what a configuration leaves to the base model, and raise unless the sizes in it can be had."""
+    check_numbers(config)
+    given = {name: getattr(config, name, None) for name in SIZES}
+    _check_sizes(config, {name: size for name, size in given.items() if size is not None})
+    _prepare_prompt_learning_config(config, getattr(base, "config", Injection.model_config(base)))
+    if config.num_transformer_submodules is None:
+        config.num_transformer_submodules = 2 if config.task_type == "SEQ_2_SEQ_LM" else 1
+    _check_sizes(config, {name: getattr(config, name, 1) for name in SIZES})
+    shapes = method(config.peft_type).model_cls.promised_shapes(config)
+    tokens = config.num_virtual_tokens * config.num_transformer_submodules
+    for shape in (*shapes.values(), (tokens,)):
+        if math.prod(shape) > MOST_NUMBERS:
+            raise SizeError(
+                f"{type(config).__name__} asks for a tensor of the shape {shape}, for which there is no room. Choose "
+                f"smaller numbers for {', '.join(name for name in SIZES if getattr(config, name, None))}."
+            )
+
+
 def _check_sizes(config: PromptLearningConfig, sizes: dict[str, int | None]) -> None:
     for name, size in sizes.items():
         if not size or size < 0:
             raise ValueError(f"{name} of {type(config).__name__} must be a positive number, got {size!r}.")
+        if name == "num_transformer_submodules" and size > 2:
+            raise ValueError(
+                f"{name} of {type(config).__name__} must be 1, or 2 for a model of an encoder and a decoder, got {size}."
+            )
 
 
 def _set_all(parameters: list[nn.Parameter], flag: bool) -> None:

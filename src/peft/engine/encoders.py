@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .lifecycle import AdapterHolder, Entry
+from .sharding import several_processes, unhooked
 
 
 class BasePromptEncoder(nn.Module):
@@ -117,6 +118,15 @@ class BasePromptEncoder(nn.Module):
         """
         return {"prompt_embeddings": self.prompt_to_save(indices)}
 
+    @classmethod
+    def promised_shapes(cls, config: Any) -> dict[str, tuple[int, ...]]:
+        """Names on disk with shapes that follow from a configuration alone, for a look at a file before memory is taken.
+
+        Args:
+            config: the adapter's configuration, complete.
+        """
+        return {}
+
     def saved_shapes(self) -> dict[str, torch.Size]:
         """Names on disk of the tensors that this encoder loads, with their shapes."""
         return {"prompt_embeddings": self.embedding.weight.shape}
@@ -187,7 +197,8 @@ class ReparameterizedEncoder(BasePromptEncoder):
             weight = self.embedding.weight
             training = self.training
             self.eval()  # without dropout
-            computed = self.compute(torch.arange(len(weight), device=weight.device).unsqueeze(0)).detach()
+            twin = unhooked(self) if several_processes() else self
+            computed = twin.compute(torch.arange(len(weight), device=weight.device).unsqueeze(0)).detach()
             self.train(training)
             self.computed, self.loaded = computed, state_dict["prompt_embeddings"].to(computed, copy=True)
 

@@ -65,3 +65,21 @@ def to_base_device(holder: BaseTunerLayer, adapter_name: str) -> None:
                 container[adapter_name] = (
                     nn.Parameter(moved, entry.requires_grad) if isinstance(entry, nn.Parameter) else moved
                 )
+
+
+def refuse_other_rank(field: str, rank: int, ranks: set[int]) -> None:
+    """Raise if the rank in a configuration is none of those that its file has.
+
+    Args:
+        field: the field's name.
+        rank: its value.
+        ranks: of the file's tensors; none if it has none to tell them by.
+
+    Raises:
+        RuntimeError: it is none of them.
+    """
+    if ranks and rank not in ranks:
+        raise RuntimeError(
+            f"The weights do not fit the configuration (size mismatch): {field} is {rank}, and the file's tensors are of "
+            f"rank {', '.join(map(str, sorted(ranks)))}. Nothing was loaded."
+        )

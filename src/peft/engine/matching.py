@@ -6,6 +6,7 @@ entry that hit nothing can be named.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -19,7 +20,7 @@ from ..utils.constants import (
     SEQ_CLS_HEAD_NAMES,
 )
 from ..utils.error import PatternError
-from ..utils.naming import near_misses
+from ..utils.naming import brief, near_misses
 from .backends import resolve_quantization_backend
 from .kinds import CONV1D_TRANSFORMERS, LINEAR, kind_of
 from .layer import BaseTunerLayer
@@ -41,6 +42,10 @@ def match_target_against_key(target_pattern: str, key: str) -> re.Match | None:
     return expression(target_pattern).fullmatch(key)
 
 
+# A pattern per module is asked of every module, and re itself remembers 512 only.
+_compiled = functools.lru_cache(maxsize=2**14)(re.compile)
+
+
 def expression(text: str, within: str = "{}") -> re.Pattern:
     """A regular expression that a user wrote.
 
@@ -52,9 +57,9 @@ def expression(text: str, within: str = "{}") -> re.Pattern:
         PatternError: it is no regular expression.
     """
     try:
-        return re.compile(within.replace("{}", text))
+        return _compiled(within.replace("{}", text))
     except (re.error, OverflowError, RecursionError) as error:
-        raise PatternError(f"{text!r} in the configuration is no regular expression: {error}.") from error
+        raise PatternError(f"{brief(text)} in the configuration is no regular expression: {error}.") from error
 
 
 def suffixes(name: str) -> Iterator[str]:
@@ -71,15 +76,16 @@ def is_suffix(name: str, entry: str) -> bool:
     return name == entry or name.endswith(f".{entry}")
 
 
-def get_pattern_key(pattern_keys: Iterable[str], key_to_match: str) -> str:
+def get_pattern_key(pattern_keys: Iterable[str], key_to_match: str, within: str = r"(.*\.)?({})$") -> str:
     """The first pattern that matches the end of a name, the name itself if none does.
 
     Args:
         pattern_keys: regular expressions for the last dotted parts of a name, in order of precedence.
         key_to_match: a dotted name.
+        within: the expression that a pattern is a part of, with `{}` in its place; it is matched from the start.
     """
     for pattern in pattern_keys:
-        if expression(pattern, r"(.*\.)?({})$").match(key_to_match):
+        if expression(pattern, within).match(key_to_match):
             return pattern
     return key_to_match
 
@@ -177,19 +183,19 @@ def check_target_module_exists(config: Any, key: str) -> bool | _ExcludedModule:
 
 
 def without_hits(entries: NameSet, names: Iterable[str]) -> list[str]:
-    """A line for each entry that selected nothing, with the nearest names there are."""
+    """A line for each entry that selected nothing, with the nearest names there are; one for all after the first ten."""
     names = list(names)
     leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
+    missed = [entry for entry, count in entries.hits.items() if count == 0]
     lines = []
-    for entry, count in entries.hits.items():
-        if count == 0 and entries.pattern and any(is_suffix(name, entry) for name in names):
-            lines.append(
-                f"{entry!r} (a string is a regular expression for whole names; for their ends, pass [{entry!r}])"
-            )
-        elif count == 0:
+    for entry in missed[:10]:
+        shown = brief(entry)
+        if entries.pattern and any(is_suffix(name, entry) for name in names):
+            lines.append(f"{shown} (a string is a regular expression for whole names; for their ends, pass [{shown}])")
+        else:
             near = near_misses(entry.rsplit(".", 1)[-1], leaves)
-            lines.append(f"{entry!r}" + (f" (nearest: {', '.join(near)})" if near else ""))
-    return lines
+            lines.append(shown + (f" (nearest: {', '.join(near)})" if near else ""))
+    return lines + ([f"{len(missed) - 10} more"] if len(missed) > 10 else [])
 
 
 # ------------------------------------------------------------------------------------------------------ all-linear, lists
@@ -240,7 +246,7 @@ def _maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
 
 
 def condensed(targets: set[str], names: Iterable[str]) -> set[str]:
-    """The fewest suffixes that select exactly these full names out of all names.
+    """The fewest suffixes that select exactly these full names out of all names; what selects none stays as it is.
 
     Args:
         targets: full names or suffixes.
@@ -258,6 +264,7 @@ def condensed(targets: set[str], names: Iterable[str]) -> set[str]:
         if free is None:
             return targets
         result.add(free)
+    result |= targets.difference(suffix for name in names for suffix in suffixes(name))
     return result if len(result) < len(targets) else targets
 
 

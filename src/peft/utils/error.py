@@ -28,6 +28,10 @@ class ConfigValueError(PeftError, ValueError, TypeError):
     """A field of a configuration has a value that nothing can be done with; the message names the field."""
 
 
+class SizeError(PeftError, ValueError, RuntimeError):
+    """A tensor of an adapter would be larger than there is memory for, or than can be counted."""
+
+
 class PatternError(PeftError, ValueError, re.error):
     """A string that is to be a regular expression is none; the message names it and the field that has it."""
 

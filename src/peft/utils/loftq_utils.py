@@ -119,6 +119,10 @@ def loftq_init(
     return quantised_part(weight.float(), ROUNDING[num_bits], turns[:-1]).to(weight.dtype), A, B
 
 
+MOST_STEPS = 1000
+"""Whoever asks for more, in a file that others load too, asks for a process that does not end."""
+
+
 def loftq_turns(
     weight: torch.Tensor, num_bits: int, rank: int, num_iter: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -127,6 +131,10 @@ def loftq_turns(
         raise ValueError(f"LoftQ quantises to 4 or 8 bits, got loftq_bits={num_bits!r}.")
     if num_iter <= 0:
         raise ValueError(f"LoftQ takes one step at least, got loftq_iter={num_iter}.")
+    if num_iter > MOST_STEPS:
+        raise ValueError(
+            f"LoftQ takes {MOST_STEPS} steps at most, which are far more than help, got loftq_iter={num_iter}."
+        )
     if not is_bnb_available() or (num_bits == 4 and not is_bnb_4bit_available()):
         raise ValueError("LoftQ quantises by bitsandbytes, which is not installed; pip install bitsandbytes.")
     return alternate(_on_accelerator(weight), ROUNDING[num_bits], rank, num_iter)

@@ -61,6 +61,16 @@ def _cleaned(name: str) -> str:
     return "_".join(part for part in parts if part) or "default"
 
 
+def brief(text: str, limit: int = 200) -> str:
+    """A text in quotes for a message, cut if it is a long one.
+
+    Args:
+        text: the text.
+        limit: how many characters of it to show.
+    """
+    return repr(text) if len(text) <= limit else f"{text[:limit]!r}... ({len(text)} characters)"
+
+
 def near_misses(name: str, choices: Iterable[str], n: int = 3) -> list[str]:
     """The choices that look most like a name, best first.
 
@@ -69,6 +79,8 @@ def near_misses(name: str, choices: Iterable[str], n: int = 3) -> list[str]:
         choices: what there is; the case of letters does not count.
         n: how many to give at most.
     """
+    if len(name) > 200:  # nobody's misspelling, and the time to compare grows with its square
+        return []
     by_folded: dict[str, str] = {}
     for choice in choices:
         by_folded.setdefault(choice.casefold(), choice)

@@ -7,6 +7,33 @@ from typing import Any
 import torch
 from torch import nn
 
+from .error import SizeError
+
+
+def empty(
+    *shape: int, owner: str, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """An uninitialised tensor of a size that somebody's configuration asks for.
+
+    Args:
+        shape: its sizes.
+        owner: what it is for, for the error.
+        dtype: torch's default if it is not given.
+        device: the same.
+
+    Raises:
+        SizeError: there is no room for it, or its size cannot be counted.
+    """
+    try:
+        return torch.empty(*shape, dtype=dtype, device=device)
+    except torch.OutOfMemoryError:  # an accelerator's, which training loops look for
+        raise
+    except (RuntimeError, TypeError, MemoryError) as error:
+        reason = str(error).partition("\n")[0]
+        raise SizeError(
+            f"{owner}: a tensor of the shape {shape} cannot be made; choose smaller numbers in the configuration ({reason})."
+        ) from error
+
 
 def transpose(weight: torch.Tensor, fan_in_fan_out: bool) -> torch.Tensor:
     """The transpose of a weight if it is stored (in, out); a Parameter stays one.

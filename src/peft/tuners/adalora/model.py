@@ -11,6 +11,7 @@ from torch import nn
 
 from ...engine.layer import AdapterLayer, BaseTunerLayer
 from ...engine.lifecycle import holders_of
+from ...engine.loading import refuse_other_rank
 from ...engine.state import BASE_PREFIX, base_model_of
 from ...engine.tuner import BaseTuner
 from ...utils.constants import TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING
@@ -59,6 +60,13 @@ class AdaLoraModel(LoraModel):
         super().__init__(model, config, adapter_name, **kwargs)
 
     # --------------------------------------------------------------------------------------------------- injection
+
+    @classmethod
+    def check_file(cls, config: AdaLoraConfig, state: dict[str, torch.Tensor]) -> None:
+        ranks = {len(value) for key, value in state.items() if key.endswith(".lora_E") and value.dim() == 2}
+        if config.rank_pattern:  # what was pruned has fewer than it started with
+            ranks |= {len(present) for present in config.rank_pattern.values()}
+        refuse_other_rank("init_r", config.init_r, ranks)
 
     def layer_options(self, config: AdaLoraConfig, adapter_name: str, key: str, target: nn.Module) -> dict[str, Any]:
         options = {"r": config.init_r, "lora_alpha": config.lora_alpha, "target_name": key}

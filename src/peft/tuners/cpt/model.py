@@ -161,6 +161,10 @@ class CPTEmbedding(BasePromptEncoder):
 
     # ----------------------------------------------------------------------------------------------------------- files
 
+    @classmethod
+    def promised_shapes(cls, config: CPTConfig) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeddings": (config.num_virtual_tokens, config.token_dim)}
+
     def prompt_to_save(self, indices: torch.Tensor) -> torch.Tensor:
         return self.embedding(indices) + projected(self.delta_embedding(indices), self.limits[indices])
 

@@ -28,7 +28,8 @@ class FourierFTConfig(PeftConfig):
         modules_to_save: modules of which the adapter trains and saves a copy.
         layers_to_transform: numbers of the layers in which suffixes count.
         layers_pattern: name of the list of layers that is numbered.
-        n_frequency_pattern: regular expression for the end of a module's name -> `n_frequency`.
+        n_frequency_pattern: regular expression for the end of a module's name, from after a dot, or a whole name as
+            it stands -> `n_frequency`.
         init_weights: true to start with ΔW = 0, false with a random spectrum.
 
     Raises:
@@ -36,6 +37,8 @@ class FourierFTConfig(PeftConfig):
     """
 
     module_patterns: ClassVar[tuple[str, ...]] = ("n_frequency_pattern",)
+    # Not LoRA's form: files made so far hold the numbers of frequencies that this one gave.
+    pattern_form: ClassVar[str] = r".*\.{}$"
 
     n_frequency: int = 1000
     scaling: float = 150.0

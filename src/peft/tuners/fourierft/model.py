@@ -45,7 +45,8 @@ class FourierFTModel(BaseTuner):
 
     def layer_options(self, config: FourierFTConfig, adapter_name: str, key: str, target: nn.Module) -> dict[str, Any]:
         patterns = config.n_frequency_pattern or {}
-        return {"n_frequency": patterns.get(get_pattern_key(patterns, key), config.n_frequency), "target_name": key}
+        chosen = get_pattern_key(patterns, key, config.pattern_form)
+        return {"n_frequency": patterns.get(chosen, config.n_frequency), "target_name": key}
 
 
 __all__ = [

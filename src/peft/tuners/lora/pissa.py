@@ -6,12 +6,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...utils.naming import brief
 from .base_weight import Factors, start_by_decomposition
 from .initialisers import initialiser
 
 if TYPE_CHECKING:
     from .config import LoraConfig
     from .layer import LoraLayer
+
+
+MOST_ITERATIONS = 1000
 
 
 @initialiser("pissa", changes_base=True)
@@ -27,10 +31,15 @@ def pissa(layer: LoraLayer, adapter: str, value: str, config: LoraConfig | None 
 
     Raises:
         TypeError: the base weight has a dtype that cannot be decomposed.
-        ValueError: this base weight cannot be changed.
+        ValueError: this base weight cannot be changed, or N is too large.
     """
     number = value.rpartition("_")[2]
-    niter = int(number) if number.isdigit() else None
+    niter = int(number[:9]) if number.isdecimal() else None
+    if niter is not None and niter > MOST_ITERATIONS:
+        raise ValueError(
+            f"{layer.called}: init_lora_weights={brief(value)} of the adapter {adapter!r} asks for more than "
+            f"{MOST_ITERATIONS} iterations; a few are enough."
+        )
     rank, scaling = layer.r[adapter], layer.scaling[adapter]
     start_by_decomposition(layer, adapter, value, lambda W: principal_factors(W, rank, scaling, niter))
 

@@ -98,6 +98,12 @@ class MultitaskPromptEmbedding(PromptEmbedding):
     def tensors_to_save(self, indices: torch.Tensor) -> dict[str, torch.Tensor]:
         return {**super().tensors_to_save(indices), **{name: getattr(self, name).detach() for name in FACTORS}}
 
+    @classmethod
+    def promised_shapes(cls, config: MultitaskPromptTuningConfig) -> dict[str, tuple[int, ...]]:
+        shapes = super().promised_shapes(config)
+        (tokens, width), tasks, rank = shapes["prompt_embeddings"], config.num_tasks, config.num_ranks
+        return {**shapes, **dict(zip(FACTORS, ((tasks, tokens, rank), (tasks, rank, width))))}
+
     def saved_shapes(self) -> dict[str, torch.Size]:
         return {**super().saved_shapes(), **{name: getattr(self, name).shape for name in FACTORS}}
 

@@ -36,6 +36,10 @@ class PromptEncoder(ReparameterizedEncoder):
         if not config.inference_mode:
             self._make_network(config)
 
+    @classmethod
+    def promised_shapes(cls, config: PromptEncoderConfig) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeddings": (config.num_virtual_tokens * config.num_transformer_submodules, config.token_dim)}
+
     @property
     def has_network(self) -> bool:
         return hasattr(self, "mlp_head")

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.distributions.relaxed_bernoulli import RelaxedBernoulli
 
+from ...utils.tensors import empty
+
 if TYPE_CHECKING:
     from .config import PolyConfig
 
@@ -45,7 +47,7 @@ class PolyRouter(Router):
     def __init__(self, poly_config: PolyConfig) -> None:
         super().__init__()
         self.n_tasks, self.n_skills, self.n_splits = poly_config.n_tasks, poly_config.n_skills, poly_config.n_splits
-        self.module_logits = nn.Parameter(torch.empty(self.n_tasks, self.n_splits * self.n_skills))
+        self.module_logits = nn.Parameter(empty(self.n_tasks, self.n_splits * self.n_skills, owner="Poly's router"))
 
     def reset(self) -> None:
         """Start with all skills weighted nearly the same."""

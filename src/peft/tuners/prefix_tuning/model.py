@@ -27,6 +27,10 @@ class KeyValueEncoder(BasePromptEncoder):
     """Heads and width of each layer's keys in the base model, where they may differ."""
 
     @classmethod
+    def promised_shapes(cls, config: PromptLearningConfig) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeddings": (config.num_virtual_tokens, 2 * config.num_layers * config.token_dim)}
+
+    @classmethod
     def complete_config(cls, config: PromptLearningConfig, model_config: dict[str, Any]) -> None:
         in_decoder = config.task_type == "SEQ_2_SEQ_LM"
         heads, width = key_value_sizes(model_config, config.num_attention_heads, config.token_dim, in_decoder)

@@ -40,6 +40,10 @@ class PromptEmbedding(BasePromptEncoder):
     def build(cls, config: PromptTuningConfig, word_embeddings: nn.Module, base_model: nn.Module) -> PromptEmbedding:
         return cls(config, word_embeddings)
 
+    @classmethod
+    def promised_shapes(cls, config: PromptTuningConfig) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeddings": (config.num_virtual_tokens * config.num_transformer_submodules, config.token_dim)}
+
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
         """Embeddings of virtual tokens.
 

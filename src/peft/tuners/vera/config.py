@@ -51,7 +51,7 @@ class VeraConfig(PeftConfig):
         self.peft_type = PeftType.VERA
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
-        if self.layers_pattern and not self.layers_to_transform:
+        if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} says where layers are numbered, which matters only with "
                 "layers_to_transform; set that too."

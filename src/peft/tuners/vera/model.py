@@ -14,10 +14,12 @@ from ...engine.backends import resolve_quantization_backend
 from ...engine.kinds import LINEAR, kind_of
 from ...engine.layer import AdapterLayer, BaseTunerLayer
 from ...engine.lifecycle import Entry
+from ...engine.loading import refuse_other_rank
 from ...engine.tuner import BaseTuner
 from ...engine.undo import Undo
 from ...utils.buffer_dict import BufferDict
 from ...utils.constants import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
+from ...utils.tensors import empty
 from .config import VeraConfig
 from .layer import LAYER_CLASSES, VeraLayer
 
@@ -108,6 +110,11 @@ class VeraModel(BaseTuner):
 
     # ------------------------------------------------------------------------------------------------------- files
 
+    @classmethod
+    def check_file(cls, config: VeraConfig, state: dict[str, torch.Tensor]) -> None:
+        ranks = {len(value) for key, value in state.items() if key.endswith(".vera_lambda_d") and value.dim() == 1}
+        refuse_other_rank("r", config.r, ranks)
+
     def shared_state_entries(self, adapter: str) -> Iterator[Entry]:
         """A and B, where they are part of the adapter's file."""
         if self.peft_config[adapter].save_projection:
@@ -175,7 +182,7 @@ def draw_projections(r: int, fan_in: int, fan_out: int, seed: int) -> tuple[torc
         seed: decides all numbers, together with torch's default dtype.
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    A, B = torch.empty(r, fan_in, device="cpu"), torch.empty(fan_out, r, device="cpu")
+    A, B = (empty(*shape, owner="VeRA's projections", device="cpu") for shape in ((r, fan_in), (fan_out, r)))
     return nn.init.kaiming_uniform_(A, generator=generator), nn.init.kaiming_uniform_(B, generator=generator)
 
 
