@@ -195,6 +195,32 @@ def test_a_rank_of_zero():
     assert torch.equal(output(model), output(model.unload()))
 
 
+@pytest.mark.parametrize(
+    "layer, x",
+    [
+        (nn.Linear(6, 8), torch.randn(3, 6)),
+        (Conv1D(8, 6), torch.randn(3, 6)),
+        (nn.Embedding(6, 8), torch.tensor([[1, 5]])),
+        (nn.Conv1d(4, 8, 3), torch.randn(2, 4, 7)),
+        (nn.Conv2d(4, 8, 3, groups=2, padding=1), torch.randn(2, 4, 5, 5)),
+        (nn.Conv2d(4, 8, 3, stride=2, padding_mode="circular", padding=1), torch.randn(2, 4, 5, 5)),
+        (nn.Conv3d(4, 8, 2), torch.randn(2, 4, 3, 3, 3)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_layer_of_which_every_rank_was_pruned_gives_what_its_base_gives(layer, x, tmp_path):
+    pattern = {"layer.lora_E": [False] * 4}
+    model = adapted(copy.deepcopy(layer), init_r=4, init_lora_weights=False, rank_pattern=pattern)
+    model.save_pretrained(tmp_path)
+    for pruned in (model, PeftModel.from_pretrained(Net(layer), tmp_path, is_trainable=True)):
+        assert {tuple(layer_of(pruned).lora_A["default"].shape)[0], layer_of(pruned).r["default"]} == {0}
+        found = pruned.train()(x)
+        assert torch.equal(found, layer(x))
+        found.sum().backward()
+        assert layer_of(pruned).lora_E["default"].grad.shape == (0, 1)
+        assert torch.equal(pruned.merge_and_unload()(x), layer(x))
+
+
 def test_dropout_is_of_the_input_of_a():
     model = adapted(nn.Linear(6, 8), lora_dropout=0.5, init_lora_weights=False)
     layer = layer_of(model)

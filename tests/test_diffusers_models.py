@@ -344,6 +344,21 @@ class TestFiles:
         door.model.load_lora_adapter(tmp_path, prefix=None, **IN_FOLDER)
         assert list(door.model.peft_config) == ["a", "default_1"]
 
+    @pytest.mark.parametrize("copies", [False, True])
+    def test_a_free_name_after_others_were_deleted(self, door, tmp_path, copies):
+        for name in "abc":
+            door.add(name, copies=copies)
+        door.save("a", tmp_path)
+        door.model.delete_adapters(["b", "a"])
+        for module in door.model.modules():
+            if isinstance(module, BaseTunerLayer):
+                assert list(module.r) == ["c"]
+        door.model.load_lora_adapter(tmp_path, prefix=None, **IN_FOLDER)
+        assert list(door.model.peft_config) == ["c", "default_1"]
+        door.model.delete_adapters(["c", "default_1"])
+        door.model.load_lora_adapter(tmp_path, prefix=None, **IN_FOLDER)
+        assert list(door.model.peft_config) == ["default_0"]
+
     @pytest.mark.parametrize("problem", ["shape", "nan"])
     def test_a_file_that_does_not_fit_changes_nothing(self, door, problem):
         door.add("a")

@@ -5,7 +5,7 @@ What runs in the processes is in `tests/workers`.
 
 import pytest
 from distributed import in_two_processes
-from workers.recipes import QUICK, RECIPES
+from workers.recipes import NETWORKS, QUICK, RECIPES
 
 
 def test_data_parallel_and_fully_sharded(tmp_path):
@@ -26,6 +26,12 @@ def test_more_of_what_is_fully_sharded(tmp_path):
 
 
 @pytest.mark.slow
+def test_prompts_that_a_network_makes(tmp_path):
+    trained = in_two_processes("fsdp2:networks", "accelerated:fsdp1_networks", folder=tmp_path, timeout=400)
+    assert trained == [(list(NETWORKS), ["p-tuning", "prefix"])] * 2
+
+
+@pytest.mark.slow
 def test_accelerate(tmp_path):
     trained = in_two_processes("accelerated:data_parallel_and_fsdp2", folder=tmp_path, timeout=400)
     assert trained == [(list(RECIPES),)] * 2
@@ -40,4 +46,5 @@ def test_first_version_of_fsdp(tmp_path):
 @pytest.mark.slow
 def test_zero3(tmp_path):
     pytest.importorskip("deepspeed", reason="ZeRO-3 needs DeepSpeed")
-    assert in_two_processes("zero3:everything", folder=tmp_path, timeout=400) == [(list(RECIPES),)] * 2
+    trained = in_two_processes("zero3:everything", "zero3:networks", folder=tmp_path, timeout=400)
+    assert trained == [(list(RECIPES), list(NETWORKS))] * 2

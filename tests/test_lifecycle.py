@@ -5,11 +5,13 @@ import copy
 import life
 import pytest
 import torch
+from fuzzing import whole_or_not_at_all
 from life import InjectDoor, PeftModelDoor
 from torch import nn
 
 import peft
 from peft import LoraConfig
+from peft.engine.checkpoint import set_base_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 
@@ -84,6 +86,21 @@ X = inputs(torch.float32)["x"]
 
 
 class TestPeftModelOnly:
+    def test_the_tuner_lists_the_active_adapter_from_the_start(self, model):
+        assert model.base_model.active_adapter == ["a"]
+        assert model.active_adapter == "a"
+
+    @pytest.mark.parametrize("name", ["get_input_embeddings", "get_output_embeddings"])
+    def test_a_getter_of_a_layer_is_there_exactly_if_the_base_model_has_it(self, name):
+        assert not hasattr(peft.get_peft_model(net(), config()), name)
+        base = Table()
+        wrapped = peft.get_peft_model(base, LoraConfig(target_modules=["lin"], r=2))
+        assert getattr(wrapped, name)() is getattr(base, name)()
+
+    def test_a_model_without_embeddings_is_wrapped_again(self, model):
+        with pytest.warns(UserWarning, match="adapter layers already"):
+            assert isinstance(peft.get_peft_model(model, config()), peft.PeftModel)
+
     def test_set_adapter_for_inference(self, model):
         model.add_adapter("b", config())
         model.set_adapter("b", inference_mode=True)
@@ -327,3 +344,302 @@ def test_merge_and_unload_is_whole_or_not_at_all():
         model.merge_and_unload()
     assert set(model.state_dict()) == names
     assert torch.equal(model(x), output)
+
+
+class Twins(nn.Module):
+    """Two linear layers that share a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(6, 6)
+        self.twin = nn.Linear(6, 6)
+        self.twin.weight = self.lin.weight
+
+    def forward(self, x):
+        return self.twin(torch.tanh(self.lin(x)))
+
+
+@pytest.mark.parametrize("targets", [["twin"], ["lin"], ["lin", "twin"]], ids="+".join)
+@pytest.mark.parametrize("method", ["lora", "loha"])
+def test_an_adapter_added_while_another_is_merged_knows_which_weights_are_shared(method, targets):
+    torch.manual_seed(0)
+    base = Twins()
+    weight = base.lin.weight
+    kept = weight.detach().clone()
+    first = LoraConfig(r=2, target_modules=["lin"], init_lora_weights=False)
+    model = peft.get_peft_model(base, first, adapter_name="a", mixed=method != "lora")
+    model.merge_adapter()
+    if method == "lora":
+        model.add_adapter("b", LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    else:
+        model.add_adapter("b", peft.LoHaConfig(r=2, target_modules=targets, init_weights=False))
+    with pytest.warns(UserWarning, match="unmerged"):
+        model.set_adapter("b")
+    expected = model(X)
+    model.merge_adapter()
+    assert torch.allclose(model(X), expected, atol=1e-6)
+    assert torch.equal(weight, kept)
+    model.unmerge_adapter()
+    assert all(getattr(model.base_model.model, name).get_base_layer().weight is weight for name in targets)
+    assert torch.equal(weight, kept)
+
+
+# ----------------------------------------------------------------------------------------- loading into what is merged
+
+
+class Table(nn.Module):
+    """A table and two linear layers with biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(8, 6)
+        self.lin = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 4)
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.lin(self.embed_tokens(ids))))
+
+
+ROW_IDS = torch.arange(8).view(2, 4)
+LOADED = {
+    "lora": config(target_modules=["lin"], modules_to_save=None),
+    "dora": config(target_modules=["lin"], modules_to_save=None, use_dora=True),
+    "table": config(target_modules=["embed_tokens", "lin"], modules_to_save=None),
+    "copy": config(target_modules=["lin"]),
+    "rows beside": config(target_modules=["lin"], trainable_token_indices={"embed_tokens": [1, 3]}),
+    "rows alone": peft.TrainableTokensConfig(token_indices=[1, 3], target_modules=["embed_tokens"]),
+    "biases": config(target_modules=["lin"], modules_to_save=None, bias="all", lora_bias=True),
+    "ia3": peft.IA3Config(target_modules=["lin"], feedforward_modules=[]),
+    "loha": peft.LoHaConfig(r=2, target_modules=["lin"]),
+}
+
+
+def of_table(name, seed, adapter="a", **options):
+    torch.manual_seed(0)
+    model = peft.get_peft_model(Table(), copy.deepcopy(LOADED[name]), adapter_name=adapter, **options).eval()
+    move_all(model, seed)
+    return model
+
+
+def move_all(model, seed):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+def by_load_adapter(model, other, folder):
+    other.save_pretrained(folder)
+    model.load_adapter(folder / "a", "a")
+
+
+def by_state_dict(model, other, folder):
+    peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(other, adapter_name="a"), adapter_name="a")
+
+
+def into_the_injected(model, other, folder):
+    state = peft.get_peft_model_state_dict(other.base_model.model, adapter_name="a")
+    peft.set_peft_model_state_dict(model.base_model.model, state, adapter_name="a")
+
+
+def by_assigning(model, other, folder):
+    state = peft.get_peft_model_state_dict(other, adapter_name="a")
+    peft.set_peft_model_state_dict(model, state, adapter_name="a", low_cpu_mem_usage=True)
+
+
+WAYS = [by_load_adapter, by_state_dict, into_the_injected, by_assigning]
+
+
+def base_values(model):
+    """What is no adapter's."""
+    state = model.state_dict().items()
+    return {name: value.clone() for name, value in state if not any(f".{own}." in f"{name}." for own in "ab")}
+
+
+@pytest.mark.parametrize("name", LOADED)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.filterwarnings("ignore:An embedding layer is adapted")
+def test_loading_into_a_merged_adapter_merges_the_new_weights(way, name, tmp_path):
+    """The output is the new adapter's at once, as if it had been loaded before merging, and unmerging is exact."""
+    model, other, expected = of_table(name, 1), of_table(name, 2), of_table(name, 1)
+    way(expected, other, tmp_path)
+    base, flags = base_values(expected), trainable(expected)
+    expected.merge_adapter()
+    model.merge_adapter()
+    way(model, other, tmp_path)
+    assert model.get_model_status().merged_adapters == ["a"]
+    assert torch.equal(model(ROW_IDS), expected(ROW_IDS))
+    torch.testing.assert_close(model(ROW_IDS), other(ROW_IDS))
+    model.unmerge_adapter()
+    assert torch.equal(model(ROW_IDS), other(ROW_IDS))
+    life.assert_weights_equal(base, base_values(model))
+    assert trainable(model) == flags
+
+
+@pytest.mark.parametrize("way", [by_load_adapter, by_state_dict])
+def test_loading_beside_another_adapter_that_is_merged(way, tmp_path):
+    """Whether it is the one that is merged, one of two, or not merged at all."""
+    for merged in (["a"], ["b"], ["a", "b"], ["b", "a"]):
+        model = of_table("rows beside", 1)
+        model.add_adapter("b", config(target_modules=["lin"], modules_to_save=None))
+        model.set_adapter("b")
+        move_all(model, 3)
+        base, expected = base_values(model), copy.deepcopy(model)
+        other = of_table("rows beside", 2)
+        model.merge_adapter(merged)
+        way(model, other, tmp_path)
+        way(expected, other, tmp_path)
+        expected.merge_adapter(merged)
+        assert torch.equal(model(ROW_IDS), expected(ROW_IDS))
+        assert model.base_model.model.lin.merged_adapters == merged
+        model.unmerge_adapter()
+        life.assert_weights_equal(base_values(model), base)
+
+
+@pytest.mark.parametrize("kind", ["shape", "nan", "dtype"])
+@pytest.mark.parametrize("name", ["copy", "rows beside"])
+def test_what_cannot_be_loaded_leaves_a_merged_adapter_merged(name, kind):
+    model = of_table(name, 1)
+    state = peft.get_peft_model_state_dict(of_table(name, 2), adapter_name="a")
+    key = "base_model.model.lin.lora_A.weight"
+    bad = {"shape": state[key][:1], "nan": state[key] * torch.nan, "dtype": state[key].to(torch.int32)}
+    model.merge_adapter()
+    with whole_or_not_at_all(model) as caught:
+        peft.set_peft_model_state_dict(model, state | {key: bad[kind]}, adapter_name="a")
+    assert "Nothing was loaded" in str(caught[0])
+
+
+def test_loading_while_merged_and_disabled():
+    model, other = of_table("copy", 1), of_table("copy", 2)
+    model.merge_adapter()
+    with model.disable_adapter():
+        by_state_dict(model, other, None)
+        assert torch.equal(model(ROW_IDS), Table.forward(of_table("copy", 1).unload(), ROW_IDS))
+    torch.testing.assert_close(model(ROW_IDS), other(ROW_IDS))
+    assert model.base_model.model.lin.merged_adapters == ["a"]
+
+
+@pytest.mark.parametrize("name", ["table", "biases"])
+@pytest.mark.filterwarnings("ignore:An embedding layer is adapted")
+def test_a_file_saved_while_merged_has_nothing_merged_into_the_base_weights_in_it(name, tmp_path):
+    model = of_table(name, 1)
+    with torch.no_grad():
+        model.base_model.model.embed_tokens.weight.add_(1)
+    expected, output = peft.get_peft_model_state_dict(model, adapter_name="a"), model(ROW_IDS)
+    assert any(key.endswith("base_layer.weight" if name == "table" else "base_layer.bias") for key in expected)
+    model.merge_adapter()
+    merged = model(ROW_IDS)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(model(ROW_IDS), merged)
+    life.assert_weights_equal(peft.get_peft_model_state_dict(model, adapter_name="a"), expected)
+    torch.manual_seed(0)
+    assert torch.equal(peft.PeftModel.from_pretrained(Table(), tmp_path / "a")(ROW_IDS), output) or name == "biases"
+
+
+def test_weights_of_the_base_model_are_loaded_below_what_is_merged():
+    model = of_table("copy", 1)
+    torch.manual_seed(5)
+    new = Table()
+    expected = of_table("copy", 1)
+    for each in (model, expected):
+        if each is model:
+            each.merge_adapter()
+        set_base_model_state_dict(each, new.state_dict())
+    assert torch.allclose(model(ROW_IDS), expected(ROW_IDS), atol=1e-6)
+    life.assert_weights_equal(model.unload().state_dict(), new.state_dict())
+
+
+# ------------------------------------------------------------------------------------- layers around layers, and biases
+
+
+@pytest.mark.parametrize("enable_each", [False, True], ids=["by the model", "by each layer"])
+def test_disabling_what_is_merged_into_layers_around_each_other_is_undone_exactly(enable_each):
+    """What was merged first, the inner layer, is merged first again: unmerging goes the other way."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(Table(), config(target_modules=["lin"]), adapter_name="a", mixed=True).eval()
+    model.add_adapter("b", peft.LoHaConfig(r=2, target_modules=["lin"]))
+    model.set_adapter(["a", "b"])
+    move_all(model, 3)
+    before, output = {name: value.clone() for name, value in model.state_dict().items()}, model(ROW_IDS)
+    model.base_model.merge_adapter()
+    merged = model(ROW_IDS)
+    if enable_each:
+        layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        for enabled in (False, True):
+            for layer in layers:
+                layer.enable_adapters(enabled)
+    else:
+        with model.disable_adapter():
+            life.assert_weights_equal(before, model.state_dict())
+    assert torch.equal(model(ROW_IDS), merged)
+    model.base_model.unmerge_adapter()
+    life.assert_weights_equal(before, model.state_dict())
+    assert torch.equal(model(ROW_IDS), output)
+
+
+class Biased(nn.Module):
+    """Two linear layers, of which one is adapted, and a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(6, 6)
+        self.norm = nn.LayerNorm(6)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(self.norm(self.lin(x)))
+
+
+BASE_BIASES = {"all": ["lin.base_layer.bias", "norm.bias", "head.bias"], "lora_only": ["lin.base_layer.bias"]}
+
+
+@pytest.fixture(params=BASE_BIASES)
+def biased(request):
+    model = peft.get_peft_model(Biased(), config(target_modules=["lin"], modules_to_save=None, bias=request.param))
+    return model, {f"base_model.model.{name}" for name in BASE_BIASES[request.param]}
+
+
+@pytest.mark.filterwarnings("ignore:The adapter 'default' trains biases in place")
+class TestBiases:
+    def test_which_train(self, biased):
+        model, names = biased
+        assert {name for name in trainable(model) if "lora_" not in name} == names
+
+    def test_what_was_frozen_by_hand_stays_so_when_enabled_again(self, biased):
+        model, names = biased
+        for name in sorted(names):
+            model.get_parameter(name).requires_grad_(False)
+            before = trainable(model)
+            with model.disable_adapter():
+                assert trainable(model) == set()
+                model.base_model.disable_adapter_layers()  # twice is once
+            assert trainable(model) == before
+        model.set_adapter("default")
+        assert names <= trainable(model)
+
+    def test_for_inference_they_stay_frozen_when_enabled_again(self, biased):
+        model, _ = biased
+        model.set_adapter("default", inference_mode=True)
+        with model.disable_adapter():
+            pass
+        assert trainable(model) == set()
+
+    def test_activated_while_disabled_they_train_when_enabled(self, biased):
+        model, names = biased
+        model.base_model.disable_adapter_layers()
+        model.base_model.set_adapter("default")
+        assert trainable(model) == set()
+        model.base_model.enable_adapter_layers()
+        assert {name for name in trainable(model) if "lora_" not in name} == names
+
+    def test_none_train_when_their_adapter_is_deleted(self, biased):
+        model, _ = biased
+        model.delete_adapter("default")
+        assert trainable(model) == set()

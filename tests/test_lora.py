@@ -1,5 +1,6 @@
 """LoRA itself: what it computes, what its options mean on each kind of layer, and what it refuses."""
 
+import json
 import math
 
 import pytest
@@ -7,7 +8,15 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft import LoraConfig, LoraModel, PeftMixedModel, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    LoraModel,
+    PeftMixedModel,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import EvaConfig, LoftQConfig
 from peft.tuners.lora.layer import Conv1d, Conv2d, Linear, LoraLayer
 from peft.tuners.lora.variant import LoraVariant
@@ -341,6 +350,152 @@ def test_a_scaling_that_is_no_number():
     }
     with pytest.raises(TypeError, match="The scaling of layer must be a number or a tensor, found str"):
         hotswap_adapter_from_state_dict(model, state, "default", config=model.peft_config["default"])
+
+
+class Pair(nn.Module):
+    """Three layers with biases; the last is a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.two(self.one(x)))
+
+
+def trained_biases(model):
+    names = {name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad}
+    return {name for name in names if name.endswith("bias")}
+
+
+IN_PLACE = {"all": {"one.base_layer.bias", "two.base_layer.bias", "head.bias"}, "lora_only": {"one.base_layer.bias"}}
+
+
+@pytest.mark.parametrize("biased", ["first", "second"])
+@pytest.mark.parametrize("bias", IN_PLACE)
+def test_one_adapter_that_trains_biases_beside_one_that_does_not(bias, biased, tmp_path):
+    other = "second" if biased == "first" else "first"
+    configs = {biased: LoraConfig(target_modules=["one"], bias=bias), other: LoraConfig(target_modules=["two"])}
+    model = get_peft_model(Pair(), configs["first"], "first")
+    model.add_adapter("second", configs["second"])
+    assert trained_biases(model) == (IN_PLACE[bias] if biased == "first" else set())
+    for active, expected in ((biased, IN_PLACE[bias]), (other, set()), (biased, IN_PLACE[bias])):
+        model.set_adapter(active)
+        assert trained_biases(model) == expected
+    with model.disable_adapter():
+        assert trained_biases(model) == set()
+    assert trained_biases(model) == IN_PLACE[bias]
+    keys = {name: set(get_peft_model_state_dict(model, adapter_name=name)) for name in configs}
+    assert {key.removeprefix("base_model.model.") for key in keys[biased] if key.endswith("bias")} == IN_PLACE[bias]
+    assert not any(key.endswith("bias") for key in keys[other])
+    with pytest.raises(ValueError, match=f"one adapter that trains biases.*'{biased}', 'third'.*got bias='all'"):
+        model.add_adapter("third", LoraConfig(target_modules=["one"], bias="all"))
+    assert list(model.peft_config) == ["first", "second"] and trained_biases(model) == IN_PLACE[bias]
+
+
+def test_the_bias_of_an_original_does_not_train_beside_its_copy():
+    config = LoraConfig(target_modules=["one"], bias="all", modules_to_save=["head"])
+    model = get_peft_model(Pair(), config)
+    expected = {"one.base_layer.bias", "two.bias", "head.modules_to_save.default.bias"}
+    assert trained_biases(model) == expected
+    model.add_adapter("other", LoraConfig(target_modules=["two"], modules_to_save=["head"]))
+    model.set_adapter("other")
+    assert trained_biases(model) == {"head.modules_to_save.other.bias"}
+    model.set_adapter("default")
+    assert trained_biases(model) == (expected - {"two.bias"}) | {"two.base_layer.bias"}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.filterwarnings("ignore:.*groups")
+def test_an_adapter_to_be_loaded_has_no_storage(kind):
+    model = get_peft_model(Net(SHAPES[kind][0]()), LoraConfig(target_modules=["layer"], r=2), low_cpu_mem_usage=True)
+    devices = {name: p.device.type for name, p in model.named_parameters()}
+    assert {device for name, device in devices.items() if "lora_" in name} == {"meta"}
+    assert {device for name, device in devices.items() if "lora_" not in name} == {"cpu"}
+
+
+def test_names_in_memory_are_taken_too(tmp_path):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    model = get_peft_model(
+        Pair(), LoraConfig(target_modules=["one"], modules_to_save=["head"], init_lora_weights=False)
+    )
+    model.save_pretrained(tmp_path)
+    state = {name: value.detach() for name, value in model.state_dict().items() if ".default." in name}
+    assert {name.rsplit(".", 3)[1] for name in state} == {"lora_A", "lora_B", "modules_to_save"}
+    expected = get_peft_model_state_dict(model)
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    other = get_peft_model(Pair(), model.peft_config["default"])
+    found = set_peft_model_state_dict(other, state)
+    assert not [key for key in found.missing_keys if "default" in key] and not found.unexpected_keys
+    for again in (other, PeftModel.from_pretrained(Pair(), tmp_path)):
+        loaded = get_peft_model_state_dict(again)
+        assert loaded.keys() == expected.keys() and all(torch.equal(loaded[key], expected[key]) for key in expected)
+
+
+def test_a_model_without_embeddings_has_none_to_save():
+    model = get_peft_model(Pair(), LoraConfig(target_modules=["one"]))
+    with pytest.warns(UserWarning, match="the model has no get_input_embeddings"):
+        state = get_peft_model_state_dict(model, save_embedding_layers=True)
+    assert set(state) == {f"base_model.model.one.lora_{name}.weight" for name in "AB"}
+
+
+@pytest.mark.filterwarnings("ignore:The model carries adapters already")
+def test_a_model_around_a_model_without_embeddings():
+    inner = get_peft_model(Pair(), LoraConfig(target_modules=["one"]), "inner")
+    outer = get_peft_model(inner, LoraConfig(target_modules=["two"]), "outer")
+    trained = {name for name, parameter in outer.named_parameters() if parameter.requires_grad and "lora_" in name}
+    assert trained == {f"base_model.model.base_model.model.two.lora_{name}.outer.weight" for name in "AB"}
+
+
+def test_one_name_of_a_module_to_save_needs_no_list(tmp_path):
+    model = get_peft_model(Pair(), LoraConfig(target_modules=["one"], modules_to_save="head"))
+    assert model.peft_config["default"].modules_to_save == ["head"] and model.modules_to_save == {"head"}
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["head"]
+    copied = {name for name, _ in model.named_parameters() if ".modules_to_save." in name}
+    assert copied == {f"base_model.model.head.modules_to_save.default.{name}" for name in ("weight", "bias")}
+
+
+def tied_llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=9, tie_word_embeddings=True))
+
+
+ADAPTED = {f"model.embed_tokens.{name}" for name in ("base_layer", "lora_embedding_A", "lora_embedding_B")}
+
+
+@pytest.mark.compat
+@pytest.mark.filterwarnings("ignore:An embedding layer is adapted", "ignore:.*are tied")
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, ADAPTED),
+        ({"modules_to_save": ["lm_head"]}, ADAPTED | {"lm_head"}),
+        ({"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, {"model.embed_tokens", "lm_head"}),
+    ],
+    ids=["adapted", "copied head", "tied copies"],
+)
+def test_a_file_with_embeddings_holds_no_original_of_a_copy(options, expected):
+    model = get_peft_model(tied_llama(), LoraConfig(target_modules=r".*embed_tokens|.*q_proj", r=2, **options))
+    names = {key.removeprefix("base_model.model.").removesuffix(".weight") for key in get_peft_model_state_dict(model)}
+    assert {name for name in names if "q_proj" not in name} == expected
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("given", [["lm_head"], ["embed_tokens"], ["model.embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_copies_that_stay_tied_are_written_as_copies_of_the_embedding(given, tmp_path):
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=given, ensure_weight_tying=True)
+    model = get_peft_model(tied_llama(), config)
+    expected = [name for name in given if name == "embed_tokens"] + ["model.embed_tokens"]
+    assert config.modules_to_save == expected
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == expected
+    copies = {name for name, _ in model.named_parameters() if "modules_to_save" in name}
+    assert copies == {"base_model.model.model.embed_tokens.modules_to_save.default.weight"}
 
 
 def test_an_adapter_reloads(tmp_path):

@@ -1,6 +1,7 @@
 """`PeftMixedModel`: adapters of several methods in one model, around each other in the order of injection."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from peft import (
 )
 from peft.tuners import loha, lokr, lora, oft
 from peft.tuners.mixed import COMPATIBLE_TUNER_TYPES, MixedModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
 
 
@@ -400,3 +402,38 @@ def test_every_compatible_method_of_the_library_can_be_mixed_in():
         model.set_adapter(["lora", "other"], inference_mode=True)
         torch.testing.assert_close(model.merge_and_unload()(X), output, atol=1e-5, rtol=1e-5)
     assert len(there) >= 4
+
+
+@pytest.mark.parametrize("methods", itertools.permutations(["lora", "loha", "oft"]), ids="-".join)
+def test_layers_around_each_other_are_merged_and_unmerged_in_any_order(methods):
+    """As a client does that walks the modules, outermost first, or takes one adapter after the other."""
+    for merging, unmerging in itertools.product(itertools.permutations(range(3)), repeat=2):
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(8, 8))
+        plain = base[0].weight.detach().clone()
+        model = base
+        for method in methods:
+            config = CONFIGS[method]()
+            config.target_modules = ["0"]
+            if model is base:
+                model = get_peft_model(base, config, adapter_name=f"first {method}", mixed=True)
+            else:
+                model.add_adapter(f"then {method}", config)
+        model.set_adapter(list(model.peft_config))
+        layers = [module for module in model.eval().modules() if isinstance(module, BaseTunerLayer)]
+        expected = model(X)
+        for index in merging:
+            layers[index].merge()
+        assert torch.allclose(model(X), expected, atol=1e-5)
+        for index in unmerging:
+            layers[index].unmerge()
+        assert torch.equal(layers[-1].get_base_layer().weight, plain)
+        assert torch.equal(model(X), expected)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_mixed_batch_names_one_adapter_for_each_row(count):
+    model = get_peft_model(net(), CONFIGS["lora"]()).eval()
+    with pytest.raises(ValueError, match=f"one adapter per row, got {count} names for 3 rows"):
+        model(X, adapter_names=["default"] * count)
+    assert torch.equal(model(X, adapter_names=["default"] * 3), model(X))

@@ -475,6 +475,32 @@ class TestForward:
         loss.backward()
         assert encoder_of(model).embedding.weight.grad.abs().sum() > 0
 
+    @pytest.mark.parametrize("task", ["CAUSAL_LM", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM"])
+    def test_token_types_are_left_out_where_the_task_has_none(self, task):
+        make = {"CAUSAL_LM": gpt2, "FEATURE_EXTRACTION": TASKS["FEATURE_EXTRACTION"], "SEQ_2_SEQ_LM": t5}[task]
+        model, inputs = prefixed(make, task), batch(padding=(0, 0))
+        if task == "SEQ_2_SEQ_LM":
+            inputs["decoder_input_ids"] = torch.ones(2, 3, dtype=torch.long)
+        with pytest.warns(UserWarning, match="token_type_ids are left out"):
+            output = model(**inputs, token_type_ids=torch.ones(2, 6, dtype=torch.long))[0]
+        assert torch.equal(output, model(**inputs)[0])
+
+    def test_a_head_on_the_encoder_of_two_stacks_takes_no_prefix(self):
+        config = T5Config(
+            vocab_size=99, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0
+        )
+        model = prefixed(lambda: T5ForQuestionAnswering(config), "QUESTION_ANS")
+        with pytest.raises(ValueError, match="the forward of T5ForQuestionAnswering takes none"):
+            model(**batch())
+
+    def test_layers_without_keys_take_no_prefix(self):
+        config = Mamba2Config(
+            vocab_size=99, hidden_size=16, state_size=4, num_hidden_layers=2, num_heads=4, head_dim=8, n_groups=1
+        )
+        model = prefixed(lambda: Mamba2ForCausalLM(config))
+        with pytest.raises(ValueError, match="No layer can take the prompt"):
+            model(**batch())
+
     @pytest.mark.parametrize("padding", [(0, 0), (0, 3)])
     def test_sequences_are_classified_by_a_decoder(self, padding):
         def make():
@@ -565,6 +591,14 @@ class TestGeneration:
         assert torch.equal(sampled, expected)
         assert not torch.equal(sampled, generate(model, **inputs))
 
+    @pytest.mark.parametrize("make, task", [(gpt2, "CAUSAL_LM"), (t5, "SEQ_2_SEQ_LM")])
+    def test_token_types_are_left_out(self, make, task):
+        model, inputs = prefixed(make, task), batch(padding=(0, 0))
+        types = torch.ones(2, 6, dtype=torch.long)
+        with pytest.warns(UserWarning, match="token_type_ids are left out"):
+            found = model.generate(**inputs, token_type_ids=types, max_new_tokens=4, do_sample=False)
+        assert torch.equal(found, model.generate(**inputs, max_new_tokens=4, do_sample=False))
+
     @pytest.mark.parametrize("make, task", [(llama, "CAUSAL_LM"), (t5, "SEQ_2_SEQ_LM")])
     @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=str)
     def test_beams_are_scored_with_the_prefix(self, make, task, options):
@@ -614,6 +648,14 @@ class TestGeneration:
         output = generate(model, **inputs, **{name: given})
         assert torch.equal(output, continued_by_hand(model, **inputs))
         assert cached_length(given) == N + 6 + NEW - 1
+
+    @pytest.mark.parametrize("make", [bart, t5])
+    def test_an_empty_cache_without_a_place_for_the_encoder_is_not_filled(self, make):
+        model, inputs = prefixed(make, "SEQ_2_SEQ_LM"), batch(padding=(0, 0))
+        inputs["decoder_input_ids"] = inputs["input_ids"][:, :4]
+        name, given = cache_argument(model.base_model.forward), DynamicCache()
+        assert torch.equal(model(**inputs, **{name: given}).logits, model(**inputs).logits)
+        assert cached_length(given) == 0
 
 
 class TestLife:

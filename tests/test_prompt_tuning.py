@@ -89,19 +89,22 @@ class TestStart:
         table = base.get_input_embeddings().weight.float()
         assert all((table == row).all(dim=1).any() for row in weight)
 
-    @pytest.mark.parametrize("tokens, ids", [(2, [5, 6]), (3, [5, 6, 7]), (8, [5, 6, 7, 5, 6, 7, 5, 6])])
-    def test_at_a_text(self, tokens, ids, monkeypatch):
+    @pytest.mark.parametrize(
+        "text, ids",
+        [("a bb ccc", [3, 5]), ("a bb ccc", [3, 5, 6, 7]), ("a bb", [3, 5, 6, 3, 5, 6, 3]), ("", [3, 3])],
+    )
+    def test_at_a_text(self, text, ids, monkeypatch):
         asked = {}
 
         def from_pretrained(name, **options):
             asked.update(name=name, **options)
-            return lambda text: {"input_ids": [4 + len(word) for word in text.split()]}
+            return lambda text: {"input_ids": [3, *(4 + len(word) for word in text.split())]}
 
         monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
         model = prompted(
-            num_virtual_tokens=tokens,
+            num_virtual_tokens=len(ids),
             prompt_tuning_init="TEXT",
-            prompt_tuning_init_text="a bb ccc",
+            prompt_tuning_init_text=text,
             tokenizer_name_or_path="some/tokenizer",
             tokenizer_kwargs={"trust_remote_code": True, "use_fast": False},
         )

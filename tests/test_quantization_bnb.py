@@ -706,3 +706,86 @@ def test_an_adapter_is_started_from_what_quantisation_rounded_away(tmp_path):
     started = rounded + layer_of(model).get_delta_weight("default")
     assert (exact - started).norm() < 0.9 * (exact - rounded).norm()
     assert trainable(model) == {f"base_model.model.layer.lora_{factor}.default.weight" for factor in "AB"}
+
+
+# ------------------------------------------------------------------- files with weights of what is, or was, quantised
+
+
+class WithHead(Net):
+    """One whose head is its output embedding, which a file may hold beside the adapter."""
+
+    def get_input_embeddings(self):
+        return self.layer
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+def with_head(make_head, factor=1.0, **options):
+    base = WithHead(as_it_is, lambda linear: make_head(scaled(linear, factor)))
+    return get_peft_model(base, LoraConfig(r=2, target_modules=["layer"], **options)).eval()
+
+
+def scaled(linear, factor):
+    linear.weight.data *= factor
+    return linear
+
+
+def as_it_is(linear):
+    return linear
+
+
+def head_of(model):
+    return model.base_model.model.head
+
+
+def file_of(model):
+    state = peft.get_peft_model_state_dict(model, save_embedding_layers=True)
+    return {key: value.clone() for key, value in state.items() if ".head." in key or "lora_" in key}
+
+
+@pytest.mark.parametrize("source, target", [(as_it_is, in_4_bits), (in_4_bits, as_it_is), (in_4_bits, in_4_bits)])
+def test_the_copy_of_what_is_quantised_is_dense_in_files_too(source, target):
+    first, second = (with_head(make, modules_to_save=["head"]) for make in (source, target))
+    head_of(first).modules_to_save["default"].weight.data += 1
+    assert not peft.set_peft_model_state_dict(second, peft.get_peft_model_state_dict(first)).unexpected_keys
+    copies = [head_of(model).modules_to_save["default"] for model in (first, second)]
+    assert same(copies[0].weight, copies[1].weight) and same(copies[0].bias, copies[1].bias)
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_dense_weight_is_quantised_where_it_is_loaded_into_a_quantised_layer(form, ignore, recwarn):
+    dense = with_head(as_it_is, factor=2.0)
+    head_of(dense).bias.data += 1
+    model, expected = with_head(form.quantise), form.quantise(head_of(dense))
+    sort = type(head_of(model).weight)
+    result = peft.set_peft_model_state_dict(model, file_of(dense), ignore_mismatched_sizes=ignore)
+    head, backend = head_of(model), resolve_quantization_backend(expected)
+    assert not result.unexpected_keys and type(head.weight) is sort
+    assert same(backend.get_base_weight(head), backend.get_base_weight(expected))
+    assert same(head.bias, expected.bias)
+    assert not [warning for warning in recwarn if "left out" in str(warning.message)]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_codes_are_only_taken_with_the_scales_that_are_there(form):
+    model, alike, other = with_head(form.quantise), with_head(form.quantise), with_head(form.quantise, factor=2.0)
+    before, weight = frozen_state(model), head_of(model).weight
+    peft.set_peft_model_state_dict(model, file_of(alike))
+    for state in (file_of(other), {key: value for key, value in file_of(other).items() if "absmax" not in key}):
+        with pytest.raises((RuntimeError, ValueError), match="head.weight.*Nothing was loaded"):
+            peft.set_peft_model_state_dict(model, state)
+    assert head_of(model).weight is weight and all_same(frozen_state(model), before)
+
+
+def test_codes_of_4_bits_are_left_out_where_they_do_not_fit():
+    state = file_of(with_head(in_4_bits, factor=2.0))
+    for target in (as_it_is, in_4_bits):
+        model = with_head(target)
+        before = {key: value.clone() for key, value in head_of(model).state_dict().items()}
+        with pytest.raises(RuntimeError, match=r"head.weight: expected \(64, 32\), found \(1024, 1\)"):
+            peft.set_peft_model_state_dict(model, state)
+        with pytest.warns(UserWarning, match=r"left out.*head.weight: expected \(64, 32\), found \(1024, 1\)"):
+            peft.set_peft_model_state_dict(model, state, ignore_mismatched_sizes=True)
+        assert all_same(head_of(model).state_dict(), before)

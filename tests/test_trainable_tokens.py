@@ -1,9 +1,11 @@
 """Trainable tokens: selected rows of an embedding train, and of what is tied to it; alone or beside LoRA."""
 
 import copy
+import pickle
 
 import pytest
 import torch
+from fuzzing import whole_or_not_at_all
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -17,7 +19,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import peft
-from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from peft import LoraConfig, PeftModel, TrainableTokensConfig, functional, get_peft_model
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -293,21 +295,112 @@ def test_two_adapters_of_different_tokens():
     assert torch.equal(model(x), before)
 
 
-def test_two_adapters_of_one_token_cannot_be_used_together():
+def test_two_adapters_of_one_token_cannot_be_merged_together():
     model = adapted(1, 2, adapter_name="one")
     model.add_adapter("two", config(2, 3))
-    model.base_model.set_adapter(["one", "two"])
     with pytest.raises(ValueError, match="'one' and 'two' both train the row of token 2 in embed"):
-        model(torch.arange(10))
-    with pytest.raises(ValueError, match="token 2"):
-        model.merge_adapter()
-    model.set_adapter("one")
+        model.merge_adapter(["one", "two"])
     model.merge_adapter()
     with pytest.raises(ValueError, match="token 2"):
         model.merge_adapter(["two"])
     model.unmerge_adapter()
     model.base_model.set_adapter(["one", "one"])
     assert model(torch.arange(10)).shape == (10, 10)
+
+
+def beside_lora(*indices):
+    return LoraConfig(r=2, target_modules=["head"], trainable_token_indices={"embed": list(indices)})
+
+
+def rivals_in_a_peft_model(make):
+    model = get_peft_model(Net(), make(1, 2, 3), "one")
+    model.add_adapter("two", make(2, 3, 5))
+    return model, model.base_model.set_adapter, model.add_adapter
+
+
+def rivals_in_a_mixed_model(make):
+    model = get_peft_model(Net(), make(1, 2, 3), "one", mixed=True)
+    model.add_adapter("two", make(2, 3, 5))
+    return model, model.set_adapter, model.add_adapter
+
+
+def injected_rivals(make):
+    model = peft.inject_adapter_in_model(make(2, 3, 5), Net(), "two")
+
+    def add(name, config):
+        peft.inject_adapter_in_model(config, model, name)
+        functional.set_adapter(model, "one")
+
+    add("one", make(1, 2, 3))
+    return model, lambda names: functional.set_adapter(model, names), add
+
+
+def rivals_on_a_layer(make):
+    model, _, add = rivals_in_a_peft_model(make)
+    return model, model.base_model.model.embed.set_adapter, add
+
+
+RIVALS = [
+    pytest.param(door, make, id=f"{door.__name__}-{make.__name__}")
+    for door in (rivals_in_a_peft_model, rivals_in_a_mixed_model, injected_rivals, rivals_on_a_layer)
+    for make in (config, beside_lora)
+    if not (door is rivals_in_a_mixed_model and make is config)  # which cannot be mixed
+]
+
+
+@pytest.mark.parametrize("door, make", RIVALS)
+def test_two_adapters_of_one_token_cannot_be_active_together(door, make):
+    """Refused where they are activated, and nothing changed."""
+    model, activate, add = door(make)
+    add("three", make(4))
+    add("another two", make(5))
+    with whole_or_not_at_all(model) as caught:
+        activate(["one", "three", "two"])
+    (error,) = caught
+    assert isinstance(error, ValueError)
+    assert all(part in str(error) for part in ("['one', 'two']", "'embed'", "[2, 3]")), error
+    model.train()
+    assert model(torch.arange(10)).requires_grad
+    activate(["one", "one"])
+    activate(["one", "three"])
+    model.delete_adapter("two") if hasattr(model, "base_model") else functional.delete_adapter(model, "two", "lora_")
+    activate(["one", "another two"])
+
+
+@pytest.mark.parametrize("make", [config, beside_lora], ids=["alone", "beside LoRA"])
+def test_an_injection_that_would_activate_two_adapters_of_one_token_is_refused(make):
+    model = get_peft_model(Net(), make(1), "one")
+    model.add_adapter("two", make(2))
+    tuner = model.base_model
+    tuner.set_adapter(["one", "two"])
+    model.peft_config["three"] = make(1)
+    tuner.active_adapter = ["one", "two", "three"]
+    names = set(model.state_dict())
+    with pytest.raises(ValueError, match=r"\['one', 'three'\].*\[1\].*'embed'"):
+        tuner.inject_adapter(tuner.model, "three")
+    del model.peft_config["three"]
+    tuner.active_adapter = ["one", "two"]
+    assert set(model.state_dict()) == names
+    with pytest.raises(ValueError, match="no adapter 'three'"):
+        tuner.model.embed.set_adapter("three")
+    tuner.set_adapter(["two", "one"])
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_what_excludes_each_other_is_known_of_a_duplicate_too(duplicate):
+    model = adapted(1, adapter_name="one")
+    model.add_adapter("two", config(1))
+    with pytest.raises(ValueError, match=r"\['two', 'one'\]"):
+        duplicate(model).base_model.set_adapter(["two", "one"])
+
+
+def test_a_layer_by_itself_knows_what_excludes_each_other():
+    layer = TrainableTokensLayer(nn.Embedding(10, 4), "one", token_indices=[1, 2])
+    layer.update_layer("two", token_indices=[2])
+    layer.set_adapter("one")
+    with pytest.raises(ValueError, match=r"\['one', 'two'\].*\[2\]"):
+        layer.set_adapter(["one", "two"])
+    assert layer.active_adapters == ["one"]
 
 
 def test_an_adapter_made_while_another_is_merged_starts_from_the_table():
@@ -480,6 +573,7 @@ def test_what_is_tied_uses_the_same_rows(recwarn):
     hidden = torch.randn(5, 8)
     torch.testing.assert_close(head(hidden), hidden @ embed.get_merged_weights(["default"]).T)
     assert trainable(model) == {"base_model.model.model.embed_tokens.trainable_tokens_delta.default"}
+    assert model.base_model.targeted_module_names == ["model.embed_tokens"]
     assert not [warning for warning in recwarn if "tied" in str(warning.message)]
 
 
@@ -577,6 +671,7 @@ def test_what_the_user_froze_stays_frozen():
 def test_listing_both_makes_one_tied_layer(recwarn):
     model = trained(get_peft_model(llama(), tokens(1, 3, target_modules=["embed_tokens", "lm_head"])))
     assert layer_of(model, "lm_head").tied_adapter is layer_of(model, "model.embed_tokens")
+    assert sorted(model.base_model.targeted_module_names) == ["lm_head", "model.embed_tokens"]
     assert not [warning for warning in recwarn if "tied" in str(warning.message)]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -55,6 +56,17 @@ def warn_about_prefix(config: PeftConfig, adapter_name: str) -> None:
 
 
 TUNER_METHODS_ON_WEIGHTS = frozenset({"merge_adapter", "unmerge_adapter", "merge_and_unload", "unload"})
+GETTERS_OF_LAYERS = frozenset({"get_input_embeddings", "get_output_embeddings"})
+
+
+def _layer_in_use(getter: Callable[[], nn.Module | None]) -> nn.Module | None:
+    """The layer that a base model's getter gives; of one that adapters copy or train rows of, what is in the wrapper.
+
+    Such a wrapper's own `weight` is that of the active adapter. But clients compare the weights of the two layers, to
+    see whether these are tied, and refuse whatever they take for an adapter in the output layer.
+    """
+    layer = getter()
+    return layer.module_in_use() if isinstance(layer, AuxiliaryTrainingWrapper) else layer
 
 
 class PeftModel(PushToHubMixin, ForwardsAttributes, nn.Module):
@@ -158,28 +170,11 @@ class PeftModel(PushToHubMixin, ForwardsAttributes, nn.Module):
         found = super().__getattr__(name)
         if name == "gradient_checkpointing_enable":
             return also_requiring_input_grads(found, self.get_base_model())
-        return found
+        return functools.partial(_layer_in_use, found) if name in GETTERS_OF_LAYERS else found
 
     def get_base_model(self) -> nn.Module:
         """The wrapped model, with the adapter layers in it."""
         return self.base_model if self._is_prompt_learning else self.base_model.model
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The base model's embeddings; of some that adapters copy or train rows of, what is in the wrapper.
-
-        Clients compare its weight with the output layer's, to see whether these are tied.
-        """
-        layer = self.get_base_model().get_input_embeddings()
-        return layer.module_in_use() if isinstance(layer, AuxiliaryTrainingWrapper) else layer
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """The base model's output layer; of one that adapters copy or train rows of, what is in the wrapper.
-
-        Such a wrapper's own `weight` is that of the active adapter, but clients refuse whatever they take for an
-        adapter in layers there.
-        """
-        layer = self.get_base_model().get_output_embeddings()
-        return layer.module_in_use() if isinstance(layer, AuxiliaryTrainingWrapper) else layer
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Numbers of trainable and of all parameters."""

@@ -139,10 +139,14 @@ class PromptInputs:
             empty = cache_in(arguments)
             for name in CACHE_NAMES:  # perhaps under its older name
                 arguments.pop(name, None)
-            empty = empty if hasattr(empty, "update") else None
+            # A decoder's cache has a place for the encoder's keys and values too.
+            fits = "self_attention_cache" if stack is DECODER else "update"
+            empty = empty if hasattr(empty, fits) else None
             arguments[self._cache_argument()] = self.prompts.prompt(batch_size, task_ids, into=empty)
         _widen(arguments, stack.mask, self.num_tokens)
         _shift(arguments, stack.positions, self.num_tokens)
+        if not self.model.has_token_types:  # adapters for these tasks were trained without
+            self._drop(arguments, "token_type_ids")
 
     def _put_before_decoder(self, arguments: Arguments, prompt: torch.Tensor) -> None:
         if arguments.get(DECODER.ids) is None and arguments.get(DECODER.embeds) is None:
@@ -168,7 +172,7 @@ class PromptInputs:
         """What to call the cache; a head that does not know it hands it on to the transformer below."""
         base = self.model.base_model
         name = cache_argument(base.forward)
-        if name is None and self._backbone is not None:
+        if name is None and self._backbone is not None and not self._is_encoder(self._backbone):
             name = cache_argument(self._backbone.forward)
         if name is None:
             raise ValueError(
@@ -181,6 +185,11 @@ class PromptInputs:
     def _backbone(self) -> nn.Module | None:
         """The transformer below the base model's head, if there is one."""
         return getattr(self.model.base_model, getattr(self.model, "transformer_backbone_name", ""), None)
+
+    def _is_encoder(self, backbone: nn.Module) -> bool:
+        """Whether a transformer is the first of two stacks, whose forward has the argument of a decoder it shares code with."""
+        base = self.model.base_model
+        return is_encoder_decoder(base) and getattr(base, "encoder", None) is backbone
 
     def _call(self, arguments: Arguments) -> Any:
         """The base model's output. What a head does not let through reaches the transformer below all the same."""
@@ -229,9 +238,9 @@ class PromptInputs:
         arguments = dict(arguments)
         if not self.encoder.takes_task_ids:
             arguments.pop("task_ids", None)
+        self._drop(arguments, "token_type_ids")
         if not self.encoder.fills_cache:
             self._drop(arguments, INPUT.positions)
-            self._drop(arguments, "token_type_ids")
         if not self.model.has_two_stacks:
             return arguments
         if arguments.get("inputs") is not None:  # the name that generate has for the main input of any model

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import fsdp_auto_wrap_policy
 from workers.recipes import (
+    NETWORKS,
     RECIPES,
     adapted,
     assert_alike,
@@ -34,6 +35,7 @@ from workers.recipes import (
     optimizer_of,
     read_back,
     same_logits,
+    takes_in_a_prompt,
     train,
     values,
 )
@@ -67,11 +69,15 @@ def prepared(made: Accelerator, model: nn.Module) -> tuple[nn.Module, Any]:
 
 def trained(made: Accelerator, model: nn.Module) -> nn.Module:
     model, optimizer = prepared(made, model)
+    take_steps(made, model, optimizer)
+    return model
+
+
+def take_steps(made: Accelerator, model: nn.Module, optimizer: Any) -> None:
     for ids in batches():
         made.backward(loss_of(model, mine(ids)))
         optimizer.step()
         optimizer.zero_grad()
-    return model
 
 
 def data_parallel_and_fsdp2(folder: Path) -> list[str]:
@@ -164,6 +170,26 @@ def flat(recipe: str, folder: Path, use_orig_params: bool) -> None:
     result = set_peft_model_state_dict(model, other)
     assert not result.unexpected_keys
     assert_alike(get_peft_model_state_dict(model), other, exact=True)
+
+
+def fsdp1_networks(folder: Path) -> list[str]:
+    """A live model takes in the prompt of a file exactly, whatever its network makes, and learns on from there."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = BLOCK
+    names = ("p-tuning", "prefix")  # torch's FSDP1 has no forward for an LSTM
+    for recipe in map(NETWORKS.get, names):
+        for use_orig_params in (False, True):
+            made = accelerator(fsdp_version=1, use_orig_params=use_orig_params)
+            model, optimizer = prepared(made, adapted(recipe))
+            reference = adapted(recipe)
+            alone = optimizer_of(reference)
+            take_steps(made, model, optimizer)
+            train(reference, optimizer=alone)
+            takes_in_a_prompt(model, reference, recipe)
+            take_steps(made, model, optimizer)
+            train(reference, optimizer=alone)
+            assert_alike(get_peft_model_state_dict(model), get_peft_model_state_dict(reference))
+    return list(names)
 
 
 def inner_part() -> None:

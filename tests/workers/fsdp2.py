@@ -16,6 +16,7 @@ import peft
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from workers.recipes import (
     BIASED,
+    NETWORKS,
     PROMPTS,
     QUICK,
     RECIPES,
@@ -33,6 +34,7 @@ from workers.recipes import (
     optimizer_of,
     read_back,
     same_logits,
+    takes_in_a_prompt,
     tied_llama,
     train,
     values,
@@ -112,6 +114,16 @@ def trained_saved_and_loaded(recipe: str, folder: Path) -> None:
         assert_trained_alike(second, train(reference), start)
 
 
+def networks(folder: Path) -> list[str]:
+    """A live model takes in the prompt of a file, whether its parameters are parts or whole, and learns on from there."""
+    for recipe in NETWORKS.values():
+        for prepare in (spread, lambda model: used(spread(model))):
+            reference, model = adapted(recipe), prepare(adapted(recipe))
+            takes_in_a_prompt(model, reference, recipe)
+            assert_alike(values(train(model, mine)), values(train(reference)))
+    return list(NETWORKS)
+
+
 def switched(recipe: str) -> None:
     """Which adapter is active, and whether, may change between steps, also right after a forward."""
     reference, model = with_second(recipe), used(spread(with_second(recipe)))
@@ -156,6 +168,11 @@ def merged(recipe: str) -> None:
         with reference.disable_adapter():
             same_logits(model, reference)
     same_logits(model, reference)
+    own = get_peft_model_state_dict(model)
+    for state in (get_peft_model_state_dict(adapted(recipe, seed=7)), own):  # into what is merged already
+        for each in (model, reference):
+            set_peft_model_state_dict(each, state)
+        same_logits(model, reference)
     used(model).unmerge_adapter()
     reference.unmerge_adapter()
     assert_alike(all_values(model), before, exact=True)

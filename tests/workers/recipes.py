@@ -58,6 +58,20 @@ RECIPES: dict[str, Recipe] = {
     "prefix": (llama, lambda: prompt(peft.PrefixTuningConfig)),
 }
 
+
+def network(cls: type[peft.PeftConfig], **options: Any) -> Recipe:
+    return llama, lambda: prompt(cls, encoder_hidden_size=6, **options)
+
+
+NETWORKS: dict[str, Recipe] = {
+    "p-tuning": network(peft.PromptEncoderConfig),
+    "p-tuning by an LSTM": network(
+        peft.PromptEncoderConfig, encoder_reparameterization_type="LSTM", encoder_dropout=0.0
+    ),
+    "prefix": network(peft.PrefixTuningConfig, prefix_projection=True),
+}
+"""Prompts that a network makes, while a file holds what it has made."""
+
 QUICK = ("copies", "token rows", "prompt")
 """What the short tests train: factors, copies, rows of a table, and a prompt."""
 BIASED = ("own biases", "all biases")
@@ -124,10 +138,14 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3, momentum=0.9)
 
 
-def train(model: nn.Module, share: Callable[[torch.Tensor], torch.Tensor] = all_of_it) -> nn.Module:
+def train(
+    model: nn.Module,
+    share: Callable[[torch.Tensor], torch.Tensor] = all_of_it,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> nn.Module:
     """Take all steps, each on a share of its batch; the model itself comes back."""
     parts_again(model)
-    optimizer = optimizer_of(model)
+    optimizer = optimizer or optimizer_of(model)
     for ids in batches():
         optimizer.zero_grad()
         loss_of(model, share(ids)).backward()
@@ -203,6 +221,18 @@ def same_everywhere(tensors: dict[str, torch.Tensor]) -> bool:
         if not all(torch.equal(here, other) for other in others):
             return False
     return True
+
+
+def takes_in_a_prompt(model: nn.Module, reference: nn.Module, recipe: Recipe) -> None:
+    """A live model, and one of a single process, take in the prompt of a file exactly, whatever their networks make."""
+    other = peft.get_peft_model_state_dict(adapted(recipe, seed=7))
+    here = peft.get_peft_model_state_dict(model)
+    assert all((here[name] - value).abs().max() > TRAINED for name, value in other.items())
+    for each in (model, reference):
+        assert not peft.set_peft_model_state_dict(each, other).unexpected_keys
+        assert each.training
+    assert_alike(peft.get_peft_model_state_dict(model), other, exact=True)
+    same_logits(model, reference)
 
 
 def is_main() -> bool:

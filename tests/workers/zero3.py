@@ -13,6 +13,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.integrations import check_deepspeed_zero3_enabled, gather_params_ctx
 from workers.recipes import (
+    NETWORKS,
     RECIPES,
     adapted,
     assert_alike,
@@ -27,6 +28,7 @@ from workers.recipes import (
     optimizer_of,
     read_back,
     same_logits,
+    takes_in_a_prompt,
     train,
     values,
 )
@@ -84,10 +86,14 @@ def engine_of(model: nn.Module) -> Any:
 
 def trained(model: nn.Module) -> Any:
     engine = engine_of(model)
+    take_steps(engine)
+    return engine
+
+
+def take_steps(engine: Any) -> None:
     for ids in batches():
         engine.backward(loss_of(engine, mine(ids)))
         engine.step()
-    return engine
 
 
 def trained_saved_and_loaded(recipe: str, folder: Path) -> None:
@@ -121,6 +127,29 @@ def trained_saved_and_loaded(recipe: str, folder: Path) -> None:
     engine.destroy()
 
 
+def networks(folder: Path) -> list[str]:
+    """A live model takes in the prompt of a file, and learns on from there."""
+    enabled = HfDeepSpeedConfig(CONFIG)
+    deepspeed.init_distributed("gloo")
+    for recipe in NETWORKS.values():
+        make, configure = recipe
+        model = partitioned(base_of(make))
+        torch.manual_seed(1)
+        model = get_peft_model(model, configure())
+        move(model, "default", 1)
+        reference = adapted(recipe)
+        alone, engine = optimizer_of(reference), engine_of(model.train())
+        take_steps(engine)
+        train(reference, optimizer=alone)
+        takes_in_a_prompt(model, reference, recipe)
+        take_steps(engine)
+        train(reference, optimizer=alone)
+        assert_alike(get_peft_model_state_dict(model), get_peft_model_state_dict(reference))
+        engine.destroy()
+    del enabled
+    return list(NETWORKS)
+
+
 def started_from_the_base_weight(option: str) -> None:
     """Initialisations that decompose the base weight, and take away from it what the adapter has."""
     config = lora(init_lora_weights=option)
@@ -139,6 +168,12 @@ def merged(recipe: str) -> None:
         each.merge_adapter()
     assert all(parameter.numel() == 0 for parameter in model.parameters())
     same_logits(engine, reference)
+    other = get_peft_model_state_dict(adapted(recipe, seed=7))
+    for state in (other, before):  # what is merged already
+        for each in (reference, model):
+            set_peft_model_state_dict(each, state)
+        assert all(parameter.numel() == 0 for parameter in model.parameters())
+        same_logits(engine, reference)
     for each in (reference, model):
         each.unmerge_adapter()
     same_logits(engine, reference)

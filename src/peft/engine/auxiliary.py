@@ -345,6 +345,9 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     def _get_available_adapters(self) -> set[str]:
         return set(self.token_adapter.token_indices)
 
+    def rows_of(self, adapter_name: str) -> list[int]:
+        return self.token_adapter.rows_of(adapter_name)
+
     @property
     def active_adapter(self) -> list[str]:
         return self.token_adapter.active_adapters

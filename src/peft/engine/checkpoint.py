@@ -6,6 +6,7 @@ import os
 import re
 import warnings
 from collections import namedtuple
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,12 +23,13 @@ from ..utils.constants import (
 from ..utils.devices import infer_device
 from ..utils.hub import cached_file, file_exists, is_offline
 from ..utils.tensor_files import read_tensors, torch_load
+from .auxiliary import AuxiliaryTrainingWrapper
 from .layer import BaseTunerLayer
 from .lifecycle import AdapterHolder, belongs_to_adapter, holders_of
 from .matching import match_target_against_key
 from .offload import stored
 from .sharding import whole_tensors, without_wrappers
-from .state import BASE_PREFIX, AdapterState, LoadResult, base_model_of
+from .state import BASE_PREFIX, AdapterState, LoadResult, base_model_of, unmerged
 
 LoadedKeys = namedtuple("LoadedKeys", ["missing_keys", "unexpected_keys"])
 
@@ -39,7 +41,7 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: bool | str = "auto",
 ) -> dict[str, torch.Tensor]:
-    """One adapter's weights by their names on disk.
+    """One adapter's weights by their names on disk; with nothing merged into those of the base model among them.
 
     Args:
         model: a `PeftModel`, or a model with injected adapters.
@@ -76,6 +78,8 @@ def set_peft_model_state_dict(
     low_cpu_mem_usage: bool = False,
 ) -> _IncompatibleKeys:
     """Load one adapter's weights; everything is checked before a value is written.
+
+    An adapter that is merged is so afterwards with its new weights.
 
     Args:
         model: a `PeftModel`, or a model with injected adapters.
@@ -156,29 +160,39 @@ def _embedding_entries(
             warnings.warn("An embedding layer is adapted, so the embeddings are saved with the adapter.")
         elif not _vocabulary_was_resized(model, config):
             return {}
-    if not hasattr(model, "get_input_embeddings"):
+    base = base_model_of(model)
+    if not hasattr(base, "get_input_embeddings"):  # the wrapper has it whatever the model is
         warnings.warn("The embeddings are not saved: the model has no get_input_embeddings to find them by.")
         return {}
     entries: dict[str, torch.Tensor] = {}
-    base = base_model_of(model)
     for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
         if targeted and not has_valid_embedding_base_layer(layer):
             continue
         name = get_embedding_layer_name(model, layer, targeted)
         if name is not None:
-            source = model.state_dict(keep_vars=True) if state_dict is None else state_dict
-            prefix = f"{without_wrappers(name)}."
-            entries |= {
-                without_wrappers(key): stored(model, key, value)
-                for key, value in source.items()
-                if without_wrappers(key).startswith(prefix) and key not in taken and not belongs_to_adapter(model, key)
-            }
-    return whole_tensors(entries)
+            with unmerged(model) if state_dict is None else nullcontext():
+                source = model.state_dict(keep_vars=True) if state_dict is None else state_dict
+                entries |= whole_tensors(_below(model, without_wrappers(name), source, taken))
+    return entries
+
+
+def _below(
+    model: nn.Module, name: str, source: dict[str, torch.Tensor], taken: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The base model's own tensors in a module of that name."""
+    return {
+        without_wrappers(key): stored(model, key, value)
+        for key, value in source.items()
+        if without_wrappers(key).startswith(f"{name}.")
+        and key.replace(".original_module.", ".") not in taken
+        and not belongs_to_adapter(model, key)
+    }
 
 
 def has_valid_embedding_base_layer(layer: nn.Module) -> bool:
-    """Whether a layer is an adapted embedding or linear layer."""
-    return hasattr(layer, "base_layer") and isinstance(layer.base_layer, (nn.Linear, nn.Embedding))
+    """Whether a layer is an adapted embedding or linear layer, and no copy of one."""
+    copied = isinstance(layer, AuxiliaryTrainingWrapper)
+    return not copied and hasattr(layer, "base_layer") and isinstance(layer.base_layer, (nn.Linear, nn.Embedding))
 
 
 def get_embedding_layer_name(model: nn.Module, layer: nn.Module, is_embedding_in_target_modules: bool) -> str | None:
@@ -318,7 +332,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 def set_base_model_state_dict(
     model: nn.Module, state_dict: dict[str, torch.Tensor], strict: bool = True
 ) -> LoadedKeys:
-    """Load weights of the base model by their original names.
+    """Load weights of the base model by their original names; what is merged is merged into the new ones.
 
     Args:
         model: a `PeftModel`.
@@ -337,7 +351,8 @@ def set_base_model_state_dict(
         raise RuntimeError(
             f"The state dict does not fit the base model: missing {missing[:5]}, unexpected {unexpected[:5]}."
         )
-    base.load_state_dict({live[name]: value for name, value in state_dict.items() if name in live}, strict=False)
+    with unmerged(model):
+        base.load_state_dict({live[name]: value for name, value in state_dict.items() if name in live}, strict=False)
     return LoadedKeys(missing, unexpected)
 
 

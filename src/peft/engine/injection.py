@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import warnings
@@ -107,9 +108,7 @@ class Injection:
         with Undo() as undo, collection_paused():
             before = dict(holders_of(self.model))
             roster = next(iter(before.values())).roster if before else Roster()
-            undo.push(
-                _forget, roster, {name: set(labels) for name, labels in roster.holders.items()}, set(roster.exclusive)
-            )
+            undo.push(_forget, roster, copy.deepcopy((roster.holders, roster.exclusive, roster.rows)))
             if not before:
                 self._freeze_base(undo)
             with deferred_parameters(self.low_cpu_mem_usage):
@@ -345,10 +344,10 @@ class Injection:
         patterns = getattr(self.config, attribute, None) or {}
         if not patterns:
             return
-        names = self.matched + self.parameters
-        used = {get_pattern_key(patterns, name) for name in names}
+        names, form = self.matched + self.parameters, self.config.pattern_form
+        used = {get_pattern_key(patterns, name, form) for name in names}
         for pattern in patterns:
-            if pattern not in used and not any(get_pattern_key([pattern], name) == pattern for name in names):
+            if pattern not in used and not any(get_pattern_key([pattern], name, form) == pattern for name in names):
                 warnings.warn(f"{attribute}: {pattern!r} matches none of the targeted modules.", RuntimeWarning)
 
     def _join(self, before: dict[str, AdapterHolder], roster: Roster) -> None:
@@ -419,5 +418,5 @@ def _take_out(holder: AdapterHolder, adapter_name: str) -> None:
     holder.refresh(())  # the flags of other adapters are as they were
 
 
-def _forget(roster: Roster, holders: dict[str, set[str]], exclusive: set[str]) -> None:
-    roster.holders, roster.exclusive = holders, exclusive
+def _forget(roster: Roster, known: tuple[dict, set, dict]) -> None:
+    roster.holders, roster.exclusive, roster.rows = known

@@ -54,8 +54,9 @@ class Kind:
             B: (out, r).
             A: (r, in, *window), canonical.
         """
-        # With groups, the rows of B see other channels of A's input, so that there is no product of maps.
-        if getattr(layer, "groups", 1) > 1:
+        # With groups, the rows of B see other channels of A's input, so that there is no product of maps; and with
+        # rank 0 there is nothing to convolve with.
+        if getattr(layer, "groups", 1) > 1 or not len(A):
             return self.apply(layer, x, self.flip(torch.tensordot(B, A, 1)))
         axis = 1 - A.dim()
         hidden = self.apply(layer, x, self.flip(A))
@@ -211,14 +212,16 @@ def kinds(*names: str) -> Iterator[Kind]:
     return (table[name] for name in names)
 
 
-def same_kind_layer(layer: nn.Module, fan_in: int, fan_out: int, *, pointwise: bool, bias: bool) -> nn.Module:
+def same_kind_layer(
+    layer: nn.Module, fan_in: int, fan_out: int, *, pointwise: bool, bias: bool, device: torch.device
+) -> nn.Module:
     """A convolution beside `layer`: over the same window with its padding, or pointwise with its groups.
 
-    Its parameters are not initialised.
+    Its parameters, on that device, are not initialised.
     """
     cls = next(kind.layer_cls for kind in KINDS if isinstance(kind, ConvKind) and kind.matches(layer))
     if pointwise:
-        return nn.utils.skip_init(cls, fan_in, fan_out, 1, groups=layer.groups, bias=bias)
+        return nn.utils.skip_init(cls, fan_in, fan_out, 1, groups=layer.groups, bias=bias, device=device)
     return nn.utils.skip_init(
         cls,
         fan_in,
@@ -229,4 +232,5 @@ def same_kind_layer(layer: nn.Module, fan_in: int, fan_out: int, *, pointwise: b
         dilation=layer.dilation,
         padding_mode=layer.padding_mode,
         bias=bias,
+        device=device,
     )

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..utils.tensors import is_spread
+from ..utils.tensors import empty, is_spread
 from ..utils.warning import PeftWarning
 from .backends import resolve_quantization_backend
 from .calls import MixedBatch, RowGroups
@@ -50,6 +50,8 @@ class AdapterLayer(BaseTunerLayer):
 
     kind: Kind | None
     _stash: Any = None
+    _merged_around: AdapterLayer | None = None
+    """The nearest of the layers around this one that are merged into its base layer."""
 
     def _wrap(self, base_layer: nn.Module, **options: Any) -> None:
         """Set up the state that is common to all methods; the first thing a layer's constructor does."""
@@ -90,8 +92,13 @@ class AdapterLayer(BaseTunerLayer):
         return "" if backend is None else f"quantization_backend={backend.backend_name!r}"
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """An uninitialised tensor for a new adapter; on the meta device where its values will be loaded."""
-        return torch.empty(*shape, dtype=dtype, device="meta" if DEFERRED.get() else None)
+        """An uninitialised tensor for a new adapter; on the meta device where its values will be loaded.
+
+        Raises:
+            SizeError: there is no room for it.
+        """
+        owner = self._label or type(self).__name__
+        return empty(*shape, owner=owner, dtype=dtype, device="meta" if DEFERRED.get() else None)
 
     def start_over(self, adapter_name: str, config: Any, **options: Any) -> None:
         """Give an adapter that is there its start again.
@@ -115,7 +122,7 @@ class AdapterLayer(BaseTunerLayer):
         if inference_mode:
             self._inference |= {adapter_name}
         if self._roster is not None:
-            self._roster.join(adapter_name, self._label, self.exclusive)
+            self._roster.join(adapter_name, self._label, self.exclusive, self.rows_of(adapter_name))
             self.refresh([adapter_name])
         elif adapter_name not in self.active_adapters:  # otherwise parameters are as they are made: they train
             self.refresh([adapter_name])
@@ -252,11 +259,14 @@ class AdapterLayer(BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in held]
         if not names:
             return
-        changed = self.folded(names, check=safe_merge)
-        self.check_writable(changed)
-        if self._stash is None:
-            self._stash = self._snapshot(changed)
-        self._write(changed)
+        with self._beneath_others():
+            changed = self.folded(names, check=safe_merge)
+            self.check_writable(changed)
+            if self._stash is None:
+                self._stash = self._snapshot(changed)
+            self._write(changed)
+            for layer in self._layers_inside():
+                layer.__dict__["_merged_around"] = layer._merged_around or self
         if self.quantization_backend is not None:
             warnings.warn(
                 f"Merging into a weight that is quantised ({self.quantization_backend.backend_name}) rounds the result, so "
@@ -265,6 +275,31 @@ class AdapterLayer(BaseTunerLayer):
             )
         self.merged_adapters = [*self.merged_adapters, *names]
         self._plan = self._make_plan()
+
+    def _layers_inside(self) -> Iterator[AdapterLayer]:
+        """The layers between this one and the base layer, outermost first."""
+        layer = self.base_layer
+        while isinstance(layer, AdapterLayer):
+            yield layer
+            layer = layer.base_layer
+
+    @contextmanager
+    def _beneath_others(self) -> Iterator[None]:
+        """Context in which no layer around this one is merged.
+
+        They are applied after this one, to its output, and what they keep of the base weight is to have it merged.
+        """
+        around, layer = [], self._merged_around
+        while layer is not None:
+            around.append((layer, list(layer.merged_adapters)))
+            layer = layer._merged_around
+        for layer, _ in reversed(around):
+            layer.unmerge()
+        try:
+            yield
+        finally:
+            for layer, adapter_names in around:
+                layer.merge(adapter_names=adapter_names)
 
     @torch.no_grad()
     def folded(self, adapter_names: list[str], check: bool = False) -> dict[str, torch.Tensor]:
@@ -316,6 +351,13 @@ class AdapterLayer(BaseTunerLayer):
         # The tensors themselves: what is merged takes their place and leaves them as they are.
         return {key: old if key in self._shared else _kept(old) for key, old in kept.items()}
 
+    @property
+    def lent(self) -> dict[str, nn.Parameter]:
+        """Base tensors that this layer shares with others when nothing is merged, and has its own of until then."""
+        if self._stash is None or self.quantization_backend is not None:
+            return {}
+        return {key: self._stash[key] for key in self._shared & self._stash.keys()}
+
     def _restore(self) -> None:
         layer = self.get_base_layer()
         for key, old in self._stash.items():
@@ -346,13 +388,17 @@ class AdapterLayer(BaseTunerLayer):
         if not self.merged_adapters:
             warnings.warn(f"{self._label or type(self).__name__}: nothing is merged, so nothing is unmerged.")
             return
-        if self.quantization_backend is not None:
-            self.quantization_backend.restore(self, self._stash)
-        else:
-            self._restore()
-        self._stash = None
-        self.merged_adapters = []
-        self._plan = self._make_plan()
+        with self._beneath_others():
+            if self.quantization_backend is not None:
+                self.quantization_backend.restore(self, self._stash)
+            else:
+                self._restore()
+            self._stash = None
+            self.merged_adapters = []
+            self._plan = self._make_plan()
+            for layer in self._layers_inside():
+                if layer._merged_around is self:
+                    layer.__dict__["_merged_around"] = None
 
     def unmerged_weight(self) -> torch.Tensor:
         """The base weight without any merged adapter, of this layer and of those between it and the base; own layout."""
@@ -374,12 +420,19 @@ def note_shared_weights(model: nn.Module, layers: Iterable[Any]) -> None:
         model: the model.
         layers: tuner layers in it.
     """
-    users = Counter(id(parameter) for _, module in modules_of(model) for parameter in module._parameters.values())
+    users: Counter[int] = Counter()
+    own: dict[int, dict[str, nn.Parameter]] = {}
+    for _, module in modules_of(model):
+        users.update(map(id, module._parameters.values()))
+        if isinstance(module, AdapterLayer) and module.lent:
+            users.update(map(id, module.lent.values()))
+            own.setdefault(id(module.get_base_layer()), {}).update(module.lent)
     for layer in layers:
         if isinstance(layer, AdapterLayer) and not layer.shares_merged_weight:
-            own = layer.get_base_layer()._parameters
+            base_layer = layer.get_base_layer()
+            tensors = base_layer._parameters | own.get(id(base_layer), {})
             layer.__dict__["_shared"] = frozenset(
-                key for key, value in own.items() if value is not None and users[id(value)] > 1
+                key for key, value in tensors.items() if value is not None and users[id(value)] > 1
             )
 
 

@@ -10,6 +10,7 @@ own way, answer for the whole: whether a name is known, what would conflict, and
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,8 +22,11 @@ from ..utils.naming import near_misses
 from .calls import CallInputs, MixedBatch
 from .offload import onload_layer
 
+_rosters: weakref.WeakSet[Roster] = weakref.WeakSet()
+"""Those of all models there are."""
 
-@dataclass
+
+@dataclass(eq=False)
 class Roster:
     """What all adapter-holding modules of one model know in common. Holds names only, never modules."""
 
@@ -30,17 +34,38 @@ class Roster:
     """Adapter name -> labels of the modules that hold tensors of it."""
     exclusive: set[str] = field(default_factory=set)
     """Labels of modules that can use only one adapter at a time, since each replaces the module as a whole."""
+    rows: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+    """Label of a table -> adapter name -> the rows of it that the adapter replaces."""
     batch: MixedBatch | None = None
     inputs: CallInputs = field(default_factory=CallInputs)
 
-    def join(self, adapter_name: str, label: str, exclusive: bool) -> None:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Roster:
+        """Be known from the start, also as a copy or unpickled."""
+        roster = super().__new__(cls)
+        _rosters.add(roster)
+        return roster
+
+    def elsewhere(self, adapter_names: Iterable[str]) -> set[str]:
+        """Those of the names that are adapters of other models only."""
+        return {
+            name
+            for name in set(adapter_names).difference(self.holders)
+            if any(name in other.__dict__.get("holders", ()) for other in list(_rosters))
+        }
+
+    def join(self, adapter_name: str, label: str, exclusive: bool, rows: Iterable[int] = ()) -> None:
         self.holders.setdefault(adapter_name, set()).add(label)
         if exclusive:
             self.exclusive.add(label)
+        if rows:
+            self.rows.setdefault(label, {})[adapter_name] = tuple(rows)
+        else:
+            self.rows.get(label, {}).pop(adapter_name, None)
 
     def leave(self, adapter_name: str, label: str) -> None:
         labels = self.holders.get(adapter_name, set())
         labels.discard(label)
+        self.rows.get(label, {}).pop(adapter_name, None)
         if not labels:
             self.holders.pop(adapter_name, None)
 
@@ -48,11 +73,14 @@ class Roster:
         """Raise unless these adapters can be active together.
 
         Raises:
-            ValueError: an unknown name, or two adapters that both replace one module.
+            ValueError: an unknown name, or two adapters that both replace one module or one row of a table.
         """
         self.check_known(adapter_names, extra)
-        if len(adapter_names) < 2 or not self.exclusive:
-            return
+        if len(adapter_names) > 1:
+            self._check_copies(adapter_names)
+            self._check_rows(adapter_names)
+
+    def _check_copies(self, adapter_names: list[str]) -> None:
         contested: dict[str, list[str]] = {}
         for label in sorted(self.exclusive):
             rivals = [name for name in dict.fromkeys(adapter_names) if label in self.holders.get(name, ())]
@@ -65,6 +93,21 @@ class Roster:
                 f"The adapters {rivals} cannot be active together: each has its own copy of the module {label!r}{others}, "
                 "and only one copy can be used at a time. Activate one of them, or train one of them without that module."
             )
+
+    def _check_rows(self, adapter_names: list[str]) -> None:
+        for label, by_adapter in sorted(self.rows.items()):
+            taken: dict[int, str] = {}
+            for name in dict.fromkeys(adapter_names):
+                for row in by_adapter.get(name, ()):
+                    rival = taken.setdefault(row, name)
+                    if rival != name:
+                        shared = sorted(set(by_adapter[rival]).intersection(by_adapter[name]))
+                        rest = f" and {len(shared) - 10} more" if len(shared) > 10 else ""
+                        raise ValueError(
+                            f"The adapters {[rival, name]} cannot be active together: both train the rows of the tokens "
+                            f"{shared[:10]}{rest} in {label or 'the embedding'!r}, and a row can only be one of theirs. "
+                            "Activate one of them, or train one of them with other token indices."
+                        )
 
     def check_known(self, adapter_names: Iterable[str], extra: Iterable[str] = ()) -> None:
         """Raise unless there are adapters of all these names.
@@ -214,15 +257,21 @@ class AdapterHolder:
     def roster(self) -> Roster:
         if self._roster is None:
             self._roster = Roster()
-            for name in self._get_available_adapters():
-                self._roster.join(name, self._label, self.exclusive)
+            self._join_as_is()
         return self._roster
 
     def join_roster(self, roster: Roster, label: str) -> None:
         """Become one of the holders of a model, under the module's dotted name there."""
         self._roster, self._label = roster, label
+        self._join_as_is()
+
+    def _join_as_is(self) -> None:
         for name in self._get_available_adapters():
-            roster.join(name, label, self.exclusive)
+            self._roster.join(name, self._label, self.exclusive, self.rows_of(name))
+
+    def rows_of(self, adapter_name: str) -> Iterable[int]:
+        """The rows of a table that an adapter replaces here, of which each can be only one adapter's."""
+        return ()
 
     def adapter_containers(self) -> Iterator[tuple[str, Any]]:
         """Dotted name and object of each attribute that holds adapter weights."""
@@ -283,12 +332,12 @@ class AdapterHolder:
     @property
     def r(self) -> dict[str, int | None]:
         """Rank by adapter name; clients count its entries to find a free name."""
-        ranks = self.__dict__.get("_ranks")
+        ranks = self.__dict__.get("r")
         return dict.fromkeys(sorted(self.roster.holders)) if ranks is None else ranks
 
     @r.setter
     def r(self, ranks: dict[str, int]) -> None:
-        self.__dict__["_ranks"] = ranks
+        self.__dict__["r"] = ranks
 
     # -------------------------------------------------------------------------------------------------- the one place
 
@@ -352,6 +401,9 @@ class AdapterHolder:
         An adapter in inference mode that is active already stays in it: a client that activates what it has just
         injected for inference does not ask to train it.
 
+        A pipeline of several models sends the same list of names to each. Those of them that are adapters of other
+        models do nothing here.
+
         Args:
             adapter_names: one name or several; none for the base module's own behaviour.
             inference_mode: use them, but train nothing.
@@ -360,7 +412,8 @@ class AdapterHolder:
             ValueError: an unknown name or adapters that exclude each other; nothing is changed.
         """
         names = as_names(adapter_names)
-        self.roster.check(names, extra=self.active_adapters)
+        elsewhere = set() if isinstance(adapter_names, str) else self.roster.elsewhere(names)
+        self.roster.check(names, extra=elsewhere.union(self.active_adapters))
         keeps_inference = not inference_mode and names == self.active_adapters and self._inference.issuperset(names)
         self.activate(names, inference_mode or (keeps_inference and bool(names)))
 
@@ -400,10 +453,7 @@ class AdapterHolder:
             self._disable()
 
     def _disable(self) -> None:
-        self._flags_before_disabling = {
-            (adapter, container, index): flag_before_disabling(parameter)
-            for adapter, container, index, parameter in self.adapter_parameters()
-        }
+        self._flags_before_disabling = {key: flag_before_disabling(parameter) for key, parameter in self._flagged()}
         if self.merged_adapters:
             self._merged_before_disabling = (tuple(self.merged_adapters), False)
             with onload_layer(self):
@@ -411,13 +461,20 @@ class AdapterHolder:
         self._disable_adapters = True
         self.refresh()
 
+    def _flagged(self) -> Iterator[tuple[tuple[str, str, int], nn.Parameter]]:
+        """What trains by way of this module: adapter, container and index (no adapter for the base's bias), parameter."""
+        for *key, parameter in self.adapter_parameters():
+            yield tuple(key), parameter
+        for index, parameter in enumerate(self.bias_parameters()):
+            yield ("", "bias", index), parameter
+
     def _enable(self) -> None:
         flags, self._flags_before_disabling = self._flags_before_disabling or {}, None
         merged, self._merged_before_disabling = self._merged_before_disabling, None
         self._disable_adapters = False
         self.refresh()
-        for adapter, container, index, parameter in self.adapter_parameters():
-            set_trains(parameter, flags.get((adapter, container, index), parameter.requires_grad))
+        for key, parameter in self._flagged():
+            set_trains(parameter, flags.get(key, parameter.requires_grad))
             parameter.__dict__.pop(BEFORE_DISABLING, None)
         if merged is not None:
             with onload_layer(self):
@@ -471,6 +528,9 @@ class AdapterHolder:
         """Drop all that this module has of an adapter, the active one or not; `refresh` is yet to be called."""
         self._drop(adapter_name)
         self._inference -= {adapter_name}
+        if self._trains_bias_of == {adapter_name}:
+            for parameter in self.bias_parameters():
+                set_trains(parameter, False)
         self._trains_bias_of -= {adapter_name}
         self.frozen_peft_weight_names = {k: v for k, v in self.frozen_peft_weight_names.items() if k != adapter_name}
         flags, merged = self._flags_before_disabling, self._merged_before_disabling

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from .backends import make_trainable
-from .lifecycle import AdapterHolder, Roster, as_names, belongs_to_adapter, holders_of, set_trains
+from .lifecycle import (
+    BEFORE_DISABLING,
+    AdapterHolder,
+    Roster,
+    as_names,
+    belongs_to_adapter,
+    flag_before_disabling,
+    holders_of,
+    set_trains,
+)
 from .protocol import BaseTunerLayer
 from .sharding import check_deletable, reshard
 
@@ -131,18 +141,71 @@ def _upcast(container: nn.Module, name: str) -> None:
 
 def refresh_biases(model: nn.Module, configs: dict[str, Any], active: list[str], enabled: bool) -> None:
     """Let the biases outside tuner layers follow the adapter that asked for `bias="all"`."""
-    owners = [name for name, config in configs.items() if getattr(config, "bias", "none") == "all"]
+    owners = _owners_of_biases(configs)
+    flag = enabled and _biases_train(model, owners, active)
+    for parameter in _biases_outside(model, owners):
+        parameter.__dict__.pop(BEFORE_DISABLING, None)
+        set_trains(parameter, flag)
+
+
+def enable_biases(model: nn.Module, configs: dict[str, Any], active: list[str], enabled: bool) -> None:
+    """`refresh_biases` where adapters are disabled or enabled again: what was frozen by hand in between stays so."""
+    owners = _owners_of_biases(configs)
+    flag = enabled and _biases_train(model, owners, active)
+    for parameter in _biases_outside(model, owners):
+        before = parameter.__dict__.pop(BEFORE_DISABLING, True) if enabled else flag_before_disabling(parameter)
+        set_trains(parameter, flag and before)
+
+
+def _owners_of_biases(configs: dict[str, Any]) -> list[str]:
+    return [name for name, config in configs.items() if getattr(config, "bias", "none") == "all"]
+
+
+def _biases_train(model: nn.Module, owners: list[str], active: list[str]) -> bool:
+    holder = next((holder for _, holder in holders_of(model)), None)
+    return any(name in active and (holder is None or holder.trains(name, "bias")) for name in owners)
+
+
+def _biases_outside(model: nn.Module, owners: list[str]) -> Iterator[nn.Parameter]:
+    """The base model's biases but those that a tuner layer looks after."""
     if not owners:
         return
-    flag = enabled and any(name in active for name in owners)
+    inside = {id(parameter) for _, holder in holders_of(model) for parameter in holder.bias_parameters()}
     for name, parameter in model.named_parameters():
-        if name.rsplit(".", 1)[-1] == "bias" and not belongs_to_adapter(model, name):
-            set_trains(parameter, flag)
+        if name.rsplit(".", 1)[-1] == "bias" and id(parameter) not in inside:
+            if not belongs_to_adapter(model, name) and not _has_copy(model, name, owners):
+                yield parameter
+
+
+def _has_copy(model: nn.Module, name: str, adapter_names: list[str]) -> bool:
+    """Whether the tensor of that dotted name is an original that a copy of one of these adapters stands in for."""
+    path, _, below = name.rpartition(".original_module.")
+    wrapper = model.get_submodule(path) if below else None
+    return isinstance(wrapper, AdapterHolder) and not wrapper._get_available_adapters().isdisjoint(adapter_names)
 
 
 def uses_checkpointing(model: nn.Module) -> bool:
     """Whether some part of a transformers or diffusers model is computed again in the backward pass."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def check_one_name_per_row(adapter_names: list[str], args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raise unless a model's call names one adapter for each row of its input.
+
+    Args:
+        adapter_names: the adapter of each row.
+        args, kwargs: the call's; whose rows they have cannot always be told, and the layers look again.
+
+    Raises:
+        ValueError: it does not.
+    """
+    given = next(
+        (value for value in (*args[:1], *map(kwargs.get, ("input_ids", "inputs_embeds"))) if value is not None), None
+    )
+    if torch.is_tensor(given) and given.dim() > 1 and len(given) != len(adapter_names):
+        raise ValueError(
+            f"adapter_names must name one adapter per row, got {len(adapter_names)} names for {len(given)} rows."
+        )
 
 
 def check_mixed_batch(model: nn.Module, roster: Roster, adapter_names: list[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +19,10 @@ from ..utils.naming import near_misses
 from ..utils.registry import method
 from ..utils.tensors import is_spread, spread_like, whole
 from .auxiliary import AuxiliaryTrainingWrapper
+from .backends import resolve_quantization_backend
 from .layer import BaseTunerLayer
 from .lifecycle import Entry, belongs_to_adapter, holders_of
+from .offload import onload_layer
 from .sharding import FLATTENED, is_flattened, partitions_gathered, reshard, whole_tensors, without_wrappers
 
 BASE_PREFIX = "base_model.model."
@@ -73,6 +76,27 @@ def file_name(model: nn.Module, name: str, adapter_name: str) -> str:
     return without_wrappers(".".join(parts))
 
 
+@contextmanager
+def unmerged(model: nn.Module) -> Iterator[None]:
+    """Within it, nothing is merged into the base weights; afterwards all that was is, as the adapters are by then.
+
+    Args:
+        model: a `PeftModel`, or a model with injected adapters.
+    """
+    merged = [(holder, holder.merged_adapters) for _, holder in holders_of(model) if holder.merged_adapters]
+    # Outermost first, and the other way round afterwards: layers that share a weight are merged on top of each other.
+    for holder, _ in merged:
+        if holder.merged_adapters:  # a wrapper has unmerged what is inside it
+            with onload_layer(holder):
+                holder.unmerge()
+    try:
+        yield
+    finally:
+        for holder, names in reversed(merged):
+            with onload_layer(holder):
+                holder.merge(adapter_names=names)
+
+
 class AdapterState:
     """The tensors of one adapter in one model.
 
@@ -118,6 +142,11 @@ class AdapterState:
         Args:
             state_dict: take the values from here, by their names in memory, instead of from the model.
         """
+        of_base = state_dict is None and getattr(self.config, "bias", "none") != "none"
+        with unmerged(self.model) if of_base else nullcontext():  # else biases may be those of what is merged
+            return self._read(state_dict)
+
+    def _read(self, state_dict: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
         if state_dict is None and _needs_state_dict(self.model):
             state_dict = self.model.state_dict()
         if state_dict is None:
@@ -161,6 +190,8 @@ class AdapterState:
     ) -> LoadResult:
         """Load the adapter's tensors; everything is checked before a value is written.
 
+        If the adapter is merged, it is so afterwards with its new weights, and unmerging brings back the base's.
+
         Args:
             state: tensors by their names on disk.
             ignore_mismatched_sizes: leave tensors of another shape out, with a warning, instead of raising.
@@ -172,15 +203,48 @@ class AdapterState:
         """
         reshard(self.model)
         state = {self.file_key(key): whole(value) for key, value in state.items()}
+        # A part of a model's own state dict has names in memory instead.
+        in_memory = {slot.live: saved for saved, slot in self.slots.items() if saved not in state}
+        state = {in_memory.get(key, key): value for key, value in state.items()}
         state = self._hook("adapter_state_to_load", state)
         if is_flattened(self.model):
-            return self._write_flattened(state)
-        targets = [slot.entry.tensor for key, slot in self.slots.items() if key in state]
-        targets += [tensor for tensor in (_tensor_called(self.model, key) for key in state) if tensor is not None]
-        with partitions_gathered(targets, store=True):
-            return self._write(state, ignore_mismatched_sizes, assign)
+            with self._apart_from_merged(state):
+                return self._write_flattened(state)
+        with partitions_gathered(self._targets(state)):
+            plan, base, unexpected = self._checked(state, ignore_mismatched_sizes)
+        with self._apart_from_merged(state), partitions_gathered(self._targets(state), store=True), torch.no_grad():
+            for slot, value in plan.values():
+                _store(slot.entry, value, assign)
+            for key, value in base.items():
+                self._store_in_base(key, value)
+        for _, holder in holders_of(self.model):
+            holder._plan = holder._make_plan()
+        missing = [slot.live for key, slot in self.slots.items() if key not in plan]
+        return LoadResult(missing, unexpected)
 
-    def _write(self, state: dict[str, torch.Tensor], ignore_mismatched_sizes: bool, assign: bool) -> LoadResult:
+    def _store_in_base(self, key: str, value: torch.Tensor) -> None:
+        path, _, attribute = key.rpartition(".")
+        owner, target = self.model.get_submodule(path), _tensor_called(self.model, key)
+        backend = resolve_quantization_backend(owner) if attribute == "weight" else None
+        if backend is not None:
+            backend.write(owner, value.to(backend.get_base_weight(owner).dtype), path)
+        else:
+            target.data.copy_(spread_like(value, target) if is_spread(target) else value)
+
+    def _apart_from_merged(self, state: dict[str, torch.Tensor]) -> AbstractContextManager[None]:
+        """Context in which what the state is loaded into is neither merged nor merged into."""
+        names = {name for _, holder in holders_of(self.model) for name in holder.merged_adapters}
+        concerned = self.adapter_name in names or (names and not state.keys() <= self.slots.keys())
+        return unmerged(self.model) if concerned else nullcontext()
+
+    def _targets(self, state: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        own = [slot.entry.tensor for key, slot in self.slots.items() if key in state]
+        return own + [tensor for tensor in (_tensor_called(self.model, key) for key in state) if tensor is not None]
+
+    def _checked(
+        self, state: dict[str, torch.Tensor], ignore_mismatched_sizes: bool
+    ) -> tuple[dict[str, tuple[Slot, torch.Tensor]], dict[str, torch.Tensor], list[str]]:
+        """What to load into the adapter, what into the base model, and the names that neither has."""
         plan = {key: (slot, state[key]) for key, slot in self.slots.items() if key in state}
         extra = {key: value for key, value in state.items() if key not in self.slots}
         base, unexpected = self._base_tensors(extra)
@@ -192,15 +256,7 @@ class AdapterState:
         check_finite(
             {key: value for key, (_, value) in plan.items()} | {key: value for key, (_, value) in base.items()}
         )
-        with torch.no_grad():
-            for slot, value in plan.values():
-                _store(slot.entry, value, assign)
-            for target, value in base.values():
-                target.data.copy_(spread_like(value, target) if is_spread(target) else value)
-        for _, holder in holders_of(self.model):
-            holder._plan = holder._make_plan()
-        missing = [slot.live for key, slot in self.slots.items() if key not in plan]
-        return LoadResult(missing, unexpected)
+        return plan, {key: value for key, (_, value) in base.items()}, unexpected
 
     def _write_flattened(self, state: dict[str, torch.Tensor]) -> LoadResult:
         """`write` for FSDP1, whose parameters only its own hooks can load."""
@@ -228,15 +284,28 @@ class AdapterState:
     def _base_tensors(
         self, extra: dict[str, torch.Tensor]
     ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], list[str]]:
-        """Entries that are no adapter's: biases and embeddings of the base model, which a file may hold too."""
+        """Entries that are no adapter's: biases and embeddings of the base model, which a file may hold too.
+
+        A dense weight may go where the model keeps a quantised one. Codes mean nothing with scales of other weights: they
+        are only taken if they are those that are there, so that there is nothing to do.
+        """
         base: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         unexpected = []
         for key, value in extra.items():
             target = _tensor_called(self.model, key)
+            path, _, attribute = key.rpartition(".")
             if target is None:
                 unexpected.append(key)
-            else:
-                base[key] = (target, value)
+                continue
+            owner = self.model.get_submodule(path)
+            backend = resolve_quantization_backend(owner) if attribute == "weight" else None
+            if backend is not None:
+                if _is_as_stored(owner, f"{path}.", extra):
+                    continue
+                if not backend.supports_merge:
+                    raise backend.unwritable(path)
+                target = backend.get_base_weight(owner).to("meta")
+            base[key] = (target, value)
         return base, unexpected
 
     def _check_shapes(self, plan: dict, base: dict, ignore: bool) -> None:
@@ -275,6 +344,22 @@ def _of_unit_around(model: nn.Module, slots: dict[str, Slot], state: dict[str, t
 def _needs_state_dict(model: nn.Module) -> bool:
     # Sharded models (FSDP, DeepSpeed) gather their weights in hooks of state_dict().
     return any(module._state_dict_hooks or module._state_dict_pre_hooks for module in model.modules())
+
+
+def _is_as_stored(owner: nn.Module, prefix: str, state: dict[str, torch.Tensor]) -> bool:
+    """Whether what a state has of a quantised module's weight, scales included, is what the module has."""
+    stored = owner.state_dict()
+    given = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    given.pop("bias", None)
+    return all(
+        key in stored and torch.is_tensor(stored[key]) and _are_equal(stored[key], value)
+        for key, value in given.items()
+    )
+
+
+def _are_equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    same_sort = first.dtype == second.dtype and first.shape == second.shape
+    return same_sort and torch.equal(first, second.to(first.device))
 
 
 def _tensor_called(model: nn.Module, key: str) -> torch.Tensor | None:

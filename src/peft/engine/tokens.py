@@ -162,6 +162,9 @@ class TrainableTokensLayer(AdapterLayer, nn.Module):
     def _get_available_adapters(self) -> set[str]:
         return set(self.token_indices)
 
+    def rows_of(self, adapter_name: str) -> list[int]:
+        return self.token_indices[adapter_name]
+
     # ---------------------------------------------------------------------------- the life cycle of what is shared
 
     def refresh(self, adapter_names: Iterable[str] | None = None) -> None:

@@ -26,7 +26,14 @@ from .layer import AdapterLayer, BaseTunerLayer
 from .lifecycle import AdapterHolder, Roster, as_names, holders_of, modules_of
 from .matching import TargetMatcher, _ExcludedModule
 from .offload import onload_layer
-from .operations import cast_holders, check_mixed_batch, refresh_biases, uses_checkpointing
+from .operations import (
+    cast_holders,
+    check_mixed_batch,
+    check_one_name_per_row,
+    enable_biases,
+    refresh_biases,
+    uses_checkpointing,
+)
 from .sharding import check_deletable, check_merges_alone, reshard
 from .undo import Undo
 
@@ -74,7 +81,7 @@ class BaseTuner(ForwardsAttributes, nn.Module):
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         with Undo() as undo:
             self.peft_config = self._join_configs(model, configs, undo)
-            self.active_adapter: str | list[str] = adapter_name
+            self.active_adapter: str | list[str] = [adapter_name]
             self._pre_injection_hook(self.model, self.peft_config[adapter_name], adapter_name)
             self.inject_adapter(self.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
             self._post_injection_hook(self.model, self.peft_config[adapter_name], adapter_name)
@@ -132,21 +139,32 @@ class BaseTuner(ForwardsAttributes, nn.Module):
             peft_config.target_modules = targets if isinstance(targets, str) else set(targets)
         return peft_config
 
+    @classmethod
+    def check_file(cls, config: Any, state: dict[str, torch.Tensor]) -> None:
+        """Raise if a file's tensors are of other sizes than its configuration says; for what is not found out cheaply.
+
+        An adapter to be loaded is made without storage and then compared with the file. Here is the place for sizes of
+        what has storage all the same.
+
+        Args:
+            config: the adapter's configuration.
+            state: the file's tensors.
+
+        Raises:
+            RuntimeError: they are.
+        """
+
     def _check_new_adapter_config(self, config: Any) -> None:
         """Raise unless the configuration goes with those of the adapters there already.
 
         Raises:
             ValueError: a second adapter with a `bias` other than "none".
         """
-        if len(self.peft_config) > 1 and getattr(config, "bias", "none") != "none":
-            raise ValueError(
-                f"{type(self).__name__} supports one adapter that trains biases; with several adapters set bias='none' "
-                f"for all, got bias={config.bias!r}."
-            )
         biased = [name for name, other in self.peft_config.items() if getattr(other, "bias", "none") != "none"]
-        if len(self.peft_config) > 1 and biased:
+        if len(biased) > 1 and getattr(config, "bias", "none") != "none":
             raise ValueError(
-                f"The adapters {biased} train biases, so no other adapter can be added beside them. Set bias='none'."
+                f"{type(self).__name__} supports one adapter that trains biases, since they are trained in place; of "
+                f"{biased} set bias='none' for all but one, got bias={config.bias!r}."
             )
 
     @staticmethod
@@ -251,7 +269,10 @@ class BaseTuner(ForwardsAttributes, nn.Module):
         given = {name: kwargs[name] for name in self.special_forward_args if kwargs.get(name) is not None}
         if not given and kwargs.get("adapter_names") is None:
             return nullcontext()  # torch 2.6 cannot compile one that is written as a generator
-        return self.call_inputs(kwargs.get("adapter_names"), **given)
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is not None:
+            check_one_name_per_row(adapter_names, args, kwargs)
+        return self.call_inputs(adapter_names, **given)
 
     # ---------------------------------------------------------------------------------------------------------- injection
 
@@ -334,7 +355,7 @@ class BaseTuner(ForwardsAttributes, nn.Module):
         reshard(self)
         for _, holder in self.holders:
             holder.enable_adapters(True)
-        refresh_biases(self.model, self.peft_config, self.active_adapters, enabled=True)
+        enable_biases(self.model, self.peft_config, self.active_adapters, enabled=True)
 
     def disable_adapter_layers(self) -> None:
         """Use the base model alone; nothing trains."""
@@ -348,7 +369,7 @@ class BaseTuner(ForwardsAttributes, nn.Module):
         reshard(self)
         for _, holder in self.holders:
             holder.enable_adapters(False)
-        refresh_biases(self.model, self.peft_config, self.active_adapters, enabled=False)
+        enable_biases(self.model, self.peft_config, self.active_adapters, enabled=False)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter with all its weights.
@@ -365,6 +386,7 @@ class BaseTuner(ForwardsAttributes, nn.Module):
                 "deleted. Call unmerge_adapter() first."
             )
         check_deletable(adapter_name, self.holders)
+        refresh_biases(self.model, {adapter_name: self.peft_config[adapter_name]}, [], enabled=False)
         del self.peft_config[adapter_name]
         for _, holder in self.holders:
             holder.delete_adapter(adapter_name)
@@ -478,6 +500,18 @@ class BaseTuner(ForwardsAttributes, nn.Module):
                     fresh = [name for name in wanted if name in held and name not in holder.merged_adapters]
                     holder.check_writable(holder.folded(fresh))
 
+    def _try_merging(self, adapter_names: list[str] | None) -> None:
+        """Raise what merging with a check would raise; one layer at a time, so that one needs its weight twice."""
+        if any(isinstance(getattr(holder, "base_layer", None), AdapterHolder) for _, holder in self.holders):
+            self.merge_adapter(adapter_names, safe_merge=True)  # what is inside another counts with it
+            self.unmerge_adapter()
+            return
+        for _, holder in self.holders:
+            with onload_layer(holder):
+                before = list(holder.merged_adapters)
+                holder.merge(safe_merge=True, adapter_names=adapter_names)
+                _set_merged(holder, before)
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -492,8 +526,7 @@ class BaseTuner(ForwardsAttributes, nn.Module):
             check_merges_alone(self.model, self.holders)
         check_merges_alone(self.model, self.holders)
         if merge and safe_merge:
-            self.merge_adapter(adapter_names, safe_merge=True)
-            self.unmerge_adapter()
+            self._try_merging(adapter_names)
         elif merge:
             self._try_folding(adapter_names)
         places = places_of(self.model)
@@ -539,6 +572,7 @@ def unloaded(holder: AdapterHolder, merge: bool, adapter_names: list[str] | None
         holder.base_layer = plain
     if merge:
         holder.merge(adapter_names=adapter_names)
+        holder._stash = None  # the weight before: the tuner lists the layer until the last one is out
     elif holder.merged_adapters:
         holder.unmerge()
     return holder.get_base_layer()

@@ -93,7 +93,7 @@ def check_tied_weights(tuner: BaseTuner, config: Any, model: nn.Module) -> None:
 def save_tied_copies(config: Any, tied: list[str], embedding: str) -> None:
     """Make a configuration copy the embedding, and copies of what is tied to it share the weight (in place)."""
     names = [entry for entry in config.modules_to_save if not any(is_suffix(name, entry) for name in tied)]
-    if not any(is_suffix(embedding, entry) for entry in names):
+    if embedding not in names:
         names.append(embedding)
     config.modules_to_save = names
     config.modules_to_tie = tied

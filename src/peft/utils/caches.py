@@ -160,6 +160,12 @@ def new_cache(model: nn.Module, max_length: int | None = None) -> Any:
     return cache
 
 
+def _keeps_keys(cache: Any, index: int) -> bool:
+    """Whether a layer's part of a cache can hold keys; layers that carry a state of their own have another kind of part."""
+    layers = getattr(cache, "layers", ())
+    return index >= len(layers) or hasattr(layers[index], "update")
+
+
 def fill_cache(
     cache: Any,
     pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
@@ -186,7 +192,7 @@ def fill_cache(
     for index, pair in enumerate(pairs):
         heads, width = pair[0].shape[1], pair[0].shape[-1]
         own = (heads, width) if shapes is None else shapes.get(index, (0, 0))
-        if not 0 < own[0] <= heads or not 0 < own[1] <= width:
+        if not 0 < own[0] <= heads or not 0 < own[1] <= width or not _keeps_keys(target, index):
             skipped.append(index)
             continue
         keys, values = (tensor[:, : own[0], :, : own[1]] for tensor in pair)
@@ -194,7 +200,7 @@ def fill_cache(
             keys, values = keys.to(devices[index]), values.to(devices[index])
         target.update(keys, values, index)
     if skipped:
-        found = f"expected keys of at most {heads} heads of the width {width}, the model's layers have {shapes}"
+        found = f"expected keys of at most {heads} heads of the width {width}, the model's layers have {shapes or 'none'}"
         if len(skipped) == len(pairs):
             raise ValueError(f"No layer can take the prompt: {found}. Set token_dim and num_attention_heads to fit.")
         warnings.warn(f"The layers {skipped} get no prompt: they keep no keys of their own, or larger ones ({found}).")

@@ -122,6 +122,8 @@ def require_input_grads(model: nn.Module) -> None:
     Args:
         model: a transformers model, or one with `get_input_embeddings`.
     """
+    while "get_base_model" in dir(type(model)):  # a wrapper has `get_input_embeddings` whatever is inside
+        model = model.get_base_model()
     if hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
     elif hasattr(model, "get_input_embeddings"):

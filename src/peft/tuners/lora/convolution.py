@@ -61,9 +61,8 @@ class _ConvNd(LoraLayer, nn.Module):
     def _make_factors(self, adapter_name: str, r: int, bias: bool) -> None:
         layer = self.get_base_layer()
         device = self.empty(0).device
-        with device:
-            A = same_kind_layer(layer, layer.in_channels, r, pointwise=False, bias=False)
-            B = same_kind_layer(layer, r, layer.out_channels, pointwise=True, bias=bias)
+        A = same_kind_layer(layer, layer.in_channels, r, pointwise=False, bias=False, device=device)
+        B = same_kind_layer(layer, r, layer.out_channels, pointwise=True, bias=bias, device=device)
         self.lora_A[adapter_name], self.lora_B[adapter_name] = A, B
 
     def plain_delta(self, adapter: str, gains: torch.Tensor | None = None) -> torch.Tensor:

@@ -65,9 +65,13 @@ class PromptTuningConfig(PromptLearningConfig):
         self.peft_type = PeftType.PROMPT_TUNING
         check_start(self.prompt_tuning_init, self.starts)
         if self.prompt_tuning_init == PromptTuningInit.TEXT:
-            for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
-                if not getattr(self, name):
-                    raise ValueError(f"prompt_tuning_init='TEXT' needs {name}, got {getattr(self, name)!r}.")
+            # A text may be empty: its tokens are the special ones.
+            given = {
+                "tokenizer_name_or_path": bool(self.tokenizer_name_or_path),
+                "prompt_tuning_init_text": self.prompt_tuning_init_text is not None,
+            }
+            for name in (name for name, is_given in given.items() if not is_given):
+                raise ValueError(f"prompt_tuning_init='TEXT' needs {name}, got {getattr(self, name)!r}.")
         elif self.tokenizer_kwargs:
             start = getattr(self.prompt_tuning_init, "value", self.prompt_tuning_init)
             raise ValueError(f"tokenizer_kwargs are used with prompt_tuning_init='TEXT' only, not with {start!r}.")

@@ -53,6 +53,10 @@ class TrainableTokensModel(BaseTuner):
             IndexError: a token index outside a table. Whatever is raised, the model is as it was.
         """
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
+        config = self.peft_config[adapter_name]
+        matcher = TargetMatcher(config)
+        followers = {name for name in config.target_modules_to_tie if not matcher.check(name)}
+        self.targeted_module_names = [name for name in self.targeted_module_names if name not in followers]
 
     def _prepare_adapter_config(
         self, peft_config: TrainableTokensConfig, model_config: dict[str, Any]
