@@ -46,6 +46,16 @@ def median_of(function: Callable[[], object], repeats: int, warmup: int = 1) -> 
     return statistics.median(times)
 
 
+def median_on_fresh(make: Callable[[], object], function: Callable[[object], object], repeats: int) -> float:
+    """Median seconds of a call that uses up what it is given; making that is not counted."""
+    times: list[float] = []
+    for _ in range(repeats + 1):
+        subject = make()
+        with timed(times):
+            function(subject)
+    return statistics.median(times[1:])
+
+
 def stack(layers: int, hidden: int):
     import torch
     from torch import nn
@@ -94,7 +104,34 @@ def switching() -> dict[str, float]:
         model.set_adapter("other")
         model.set_adapter("default")
 
-    return {"set_adapter twice, 1000 layers": median_of(there_and_back, 5)}
+    def off_and_on() -> None:
+        with model.disable_adapter():
+            pass
+
+    return {
+        "set_adapter twice, 1000 layers": median_of(there_and_back, 5),
+        "disable_adapter and back, 1000 layers": median_of(off_and_on, 5),
+    }
+
+
+@case
+def combining() -> dict[str, float]:
+    from peft import get_peft_model
+
+    model = get_peft_model(stack(32, 256), config(init_lora_weights=False))
+    model.add_adapter("other", config(init_lora_weights=False))
+    results = {}
+    for combination_type in ("linear", "svd", "ties", "ties_svd"):
+        options = {"density": 0.5} if "ties" in combination_type else {}
+        times: list[float] = []
+        for _ in range(4):
+            with timed(times):
+                model.add_weighted_adapter(
+                    ["default", "other"], [0.5, 0.7], "sum", combination_type=combination_type, **options
+                )
+            model.delete_adapter("sum")
+        results[f"add_weighted_adapter {combination_type}, 32 layers of 256"] = statistics.median(times[1:])
+    return results
 
 
 @case
@@ -108,8 +145,13 @@ def loading() -> dict[str, float]:
         for number in range(2, 31):
             with timed(times):
                 model.load_adapter(folder, f"number{number}")
+        whole = median_on_fresh(lambda: stack(256, 16), lambda base: PeftModel.from_pretrained(base, folder), 5)
     second, thirtieth = statistics.median(times[1:4]), statistics.median(times[-3:])
-    return {"load_adapter, the 2nd of 30, 256 layers": second, "load_adapter, the 30th of 30, 256 layers": thirtieth}
+    return {
+        "PeftModel.from_pretrained, 256 layers": whole,
+        "load_adapter, the 2nd of 30, 256 layers": second,
+        "load_adapter, the 30th of 30, 256 layers": thirtieth,
+    }
 
 
 def training_step(model, x) -> Callable[[], None]:
@@ -231,6 +273,25 @@ def merging() -> dict[str, float]:
         results[f"merge_adapter, {layers} layers of {hidden}"] = statistics.median(merge)
         results[f"unmerge_adapter, {layers} layers of {hidden}"] = statistics.median(unmerge)
     return results
+
+
+@case
+def unloading() -> dict[str, float]:
+    from peft import get_peft_model
+
+    def seconds(layers: int, hidden: int, safe_merge: bool) -> float:
+        def make():
+            return get_peft_model(stack(layers, hidden), config(init_lora_weights=False))
+
+        return median_on_fresh(make, lambda model: model.merge_and_unload(safe_merge=safe_merge), 4)
+
+    return {
+        f"merge_and_unload{', safe_merge' * safe_merge}, {layers} layers of {hidden}": seconds(
+            layers, hidden, safe_merge
+        )
+        for layers, hidden in ((1000, 64), (16, 1024))
+        for safe_merge in (False, True)
+    }
 
 
 @case

@@ -44,7 +44,7 @@ def magnitude_based_pruning(tensor: Tensor, density: float) -> Tensor:
     """
     kept = int(density * tensor.numel())
     flat = tensor.reshape(-1)
-    largest = flat.abs().topk(kept).indices
+    largest = flat.abs().topk(kept, sorted=False).indices
     return torch.zeros_like(flat).index_copy_(0, largest, flat[largest]).view_as(tensor)
 
 

@@ -174,6 +174,7 @@ class MultiheadAttention(LoraLayer, nn.Module):
         for layer in (self, projection):
             if merge:
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                layer._stash = None
             elif layer.merged_adapters:
                 layer.unmerge()
         self.base_layer.out_proj = projection.get_base_layer()

@@ -52,7 +52,8 @@ def start_by_decomposition(
     with base_weight_at_hand(layer):
         A, B = factorise(checked_matrices(layer, adapter, initialiser, quantised))
         place_factors(layer, adapter, A, B)
-    A, B = A.float(), layer.scaling[adapter] * B.float()
+    # A copy: a few rows of a decomposition would keep all of it until the change is made.
+    A, B = A.to(torch.float32, copy=True), layer.scaling[adapter] * B.float()
     change_when_done(layer, lambda W: W.sub_(B @ A))
 
 

@@ -182,6 +182,7 @@ class ParamWrapper(LoraLayer, nn.Module):
         """The plain module inside all wrappers, adapters folded in if asked."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            self._stash = None
         elif self.merged_adapters:
             self.unmerge()
         inner = self.base_layer
