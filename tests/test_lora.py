@@ -243,6 +243,19 @@ class TestParameters:
         experts = wrapper.get_base_layer()
         torch.testing.assert_close(model(x), torch.einsum("eoi,bi->beo", experts.weight + delta + experts.other, x))
 
+    @pytest.mark.parametrize("before", [[], ["outer"], ["inner"], ["inner", "outer"], ["outer", "inner"]], ids=str)
+    def test_two_parameters_of_a_module_are_unloaded(self, before):
+        model = self.model(target_parameters=["layer.weight", "layer.other"], init_lora_weights=False)
+        wrappers = {"outer": layer_of(model), "inner": layer_of(model).base_layer}
+        x = torch.randn(5, 3)
+        expected = model(x)
+        for name in before:
+            wrappers[name].merge()
+        torch.testing.assert_close(model(x), expected)
+        plain = model.merge_and_unload()
+        assert type(plain.layer) is Experts
+        torch.testing.assert_close(plain(x), expected)
+
     @pytest.mark.parametrize("option", [{"lora_dropout": 0.1}, {"lora_bias": True}, {"fan_in_fan_out": True}])
     def test_options_of_layers(self, option):
         name = next(iter(option))

@@ -180,15 +180,15 @@ class ParamWrapper(LoraLayer, nn.Module):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """The plain module inside all wrappers, adapters folded in if asked."""
+        plain = inner = self.base_layer
+        if isinstance(inner, AdapterHolder):
+            plain = inner.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             self._stash = None
         elif self.merged_adapters:
             self.unmerge()
-        inner = self.base_layer
-        if isinstance(inner, AdapterHolder):
-            return inner.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-        return inner
+        return plain
 
     def __repr__(self) -> str:
         lines = super().__repr__().splitlines()
