@@ -339,7 +339,7 @@ class Calls(RuleBasedStateMachine):
         trainable = trainable and self.loads_to_train
         self.call_load(path, name, recipe, trainable, **options)
         if there is None:
-            if not trainable:
+            if not trainable and not self.loaded_trains:
                 self.oracle.inference |= {name}
             self.oracle.add(name, recipe)
             if self.activates_new:
@@ -354,6 +354,8 @@ class Calls(RuleBasedStateMachine):
         return {key: value.to(dtype) for key, value in tensors.items()}
 
     loads_to_train = True
+    loaded_trains = False
+    """Whether what is loaded for inference trains all the same."""
 
     @precondition(lambda self: self.can_swap and self.saved and self.oracle.adapters)
     @rule(data=st.data())
@@ -578,7 +580,10 @@ class PeftCalls(Calls):
         oracle.add(name, recipe)
         oracle.adapters[name].tensors = self.cast(tensors)
         model = peft.PeftModel.from_pretrained(base, path, adapter_name=name, low_cpu_mem_usage=low_cpu_mem_usage)
-        assert not any(parameter.requires_grad or parameter.is_meta for parameter in model.parameters())
+        own = {self.prefix + live for live in oracle.names(name).values()}
+        trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trained == (own if self.loaded_trains else set())
+        assert not any(parameter.is_meta for parameter in model.parameters())
         assert close(self.output(model), oracle.output(), rounded=True)
 
     @precondition(lambda self: self.can_swap and self.oracle.adapters)
@@ -707,6 +712,7 @@ class PromptCalls(PeftCalls):
     recipes = PROMPTS
     prefix = ""
     can_merge = can_swap = can_cast = loads_to_train = False
+    loaded_trains = True
 
     def base_model(self):
         return prompts.base_of(prompts.llama)

@@ -20,6 +20,7 @@ from training import IN_CHECKPOINT, OF_THE_RUN, assert_equal, changed, files, in
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from peft import (
+    CPTConfig,
     HRAConfig,
     IA3Config,
     LNTuningConfig,
@@ -293,7 +294,28 @@ def test_a_file_is_the_same_and_is_loaded_onto_an_offloaded_model(name, tmp_path
     assert_equal(in_file(tmp_path / "away"), in_file(tmp_path / "plain"))
     again = PeftModel.from_pretrained(all_on_disk(llama(), tmp_path), tmp_path / "plain")
     torch.testing.assert_close(logits(again), logits(plain))
-    assert trainable(again) == set() and is_away(again)
+    assert trainable(again) == {key for key in trainable(plain) if key.startswith("prompt_encoder.")}
+    assert is_away(again)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(**TASK, num_virtual_tokens=3, prompt_tuning_init="SAMPLE_VOCAB"),
+        CPTConfig(**TASK, cpt_token_ids=[5, 6], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 4]),
+    ],
+    ids=["prompt tuning", "CPT"],
+)
+def test_a_prompt_starts_at_embeddings_that_are_elsewhere(config, place, tmp_path):
+    starts = []
+    for base in (llama(), place(llama(), tmp_path)):
+        torch.manual_seed(1)
+        starts.append(get_peft_model(base, copy.deepcopy(config)))
+    plain, away = starts
+    assert torch.equal(away.get_prompt_embedding_to_save("default"), plain.get_prompt_embedding_to_save("default"))
+    torch.testing.assert_close(logits(away.eval()), logits(plain.eval()))
+    assert is_away(away)
 
 
 @pytest.mark.parametrize("name", ["LoRA", "DoRA", "IA3", "copies", "token rows", "prompt tuning"])

@@ -13,6 +13,7 @@ from peft.tuners.loha.layer import (
     Conv2d,
     Conv3d,
     Embedding,
+    HadamardProduct,
     HadaWeight,
     HadaWeightCP,
     Linear,
@@ -482,3 +483,28 @@ def test_safe_merge_refuses_what_is_not_finite():
     with pytest.raises(ValueError, match=r"'default'.*layer.*'weight'"):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(model.model.layer.weight.data, before) and not model.model.layer.merged
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(12, 10), lambda: nn.Conv2d(4, 20, 3, padding=1)])
+def test_a_product_that_is_formed_is_not_kept_for_the_backward_pass(make):
+    layer = adapted(make(), r=6, init_weights=False).model.layer
+    formed = layer.get_base_layer().weight.numel()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        layer.delta_weight("default")
+    assert max(tensor.numel() for tensor in kept) < formed
+
+
+def test_gradients_of_a_product_that_is_formed_are_those_of_the_formula_and_have_gradients_themselves():
+    torch.manual_seed(0)
+    layer = adapted(nn.Linear(5, 4).double(), r=3, alpha=2, init_weights=False).model.layer
+    factors = [
+        container["default"] for container in (layer.hada_w1_a, layer.hada_w1_b, layer.hada_w2_a, layer.hada_w2_b)
+    ]
+    weights = torch.randn(4, 5, dtype=torch.float64)
+    w1a, w1b, w2a, w2b = factors
+    formula = (w1a @ w1b) * (w2a @ w2b) * (2 / 3)
+    expected = torch.autograd.grad((formula * weights).sum(), factors)
+    found = torch.autograd.grad((layer.delta_weight("default") * weights).sum(), factors)
+    assert all(map(torch.equal, found, expected))
+    assert torch.autograd.gradgradcheck(lambda *given: HadamardProduct.apply(*given, 1.5), factors)

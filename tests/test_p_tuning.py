@@ -283,7 +283,7 @@ class TestFiles:
         assert torch.equal(saved["prompt_embeddings"], prompt_of(model))
         loaded = PeftModel.from_pretrained(base_of(make), tmp_path)
         assert [n for n, _ in loaded.prompt_encoder.named_parameters()] == ["default.embedding.weight"]
-        assert trainable(loaded) == set()
+        assert trainable(loaded) == {"prompt_encoder.default.embedding.weight"}
         assert torch.equal(logits_of(loaded, **inputs), logits_of(model, **inputs))
         config = model.peft_config["default"]
         assert dataclasses.replace(config, inference_mode=True).to_dict() == loaded.peft_config["default"].to_dict()

@@ -47,10 +47,14 @@ from transformers import (
     GPTBigCodeConfig,
     GPTBigCodeForCausalLM,
     LlamaForSequenceClassification,
+    Mamba2Config,
+    Mamba2ForCausalLM,
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
+    T5ForQuestionAnswering,
 )
+from versions import needs
 
 from peft import PeftModel, PrefixTuningConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.prefix_tuning import PrefixEncoder
@@ -493,6 +497,7 @@ class TestForward:
         with pytest.raises(ValueError, match="the forward of T5ForQuestionAnswering takes none"):
             model(**batch())
 
+    @needs("transformers", "5.23", "keeps the state of a Mamba2 in no cache of layers")
     def test_layers_without_keys_take_no_prefix(self):
         config = Mamba2Config(
             vocab_size=99, hidden_size=16, state_size=4, num_hidden_layers=2, num_heads=4, head_dim=8, n_groups=1
@@ -696,7 +701,7 @@ class TestFiles:
         assert {name: tuple(value.shape) for name, value in saved.items()} == {"prompt_embeddings": (N, width)}
         loaded = PeftModel.from_pretrained(base_of(make), tmp_path)
         assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
-        assert trainable(loaded) == set()
+        assert trainable(loaded) == {WEIGHT}
         assert encoder_of(loaded).embedding.weight.shape == (N, width)
 
     @pytest.mark.parametrize("projection", [False, True])

@@ -286,7 +286,7 @@ class TestFiles:
             warnings.filterwarnings("error", message=".*lack")
             loaded = PeftModel.from_pretrained(base_of(TASKS[task]), tmp_path)
         assert torch.equal(loaded(**inputs)[0], model(**inputs)[0])
-        assert trainable(loaded) == set()
+        assert trainable(loaded) == {"prompt_encoder.default.embedding.weight"}  # and no copy of a head
         assert not loaded.training
         config = model.peft_config["default"]
         assert dataclasses.replace(config, inference_mode=True).to_dict() == loaded.peft_config["default"].to_dict()
@@ -316,6 +316,24 @@ class TestFiles:
         other.set_adapter("b", inference_mode=True)
         assert torch.equal(other(**inputs).logits, output)
         assert trainable(other) == set()
+
+    def test_trains_on_where_the_file_left_it(self, tmp_path):
+        prompted().save_pretrained(tmp_path)
+        saved = load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"]
+        model = PeftModel.from_pretrained(base_of(llama), tmp_path)
+        model.load_adapter(tmp_path, "b")
+        first, second = (model.prompt_encoder[name].embedding.weight for name in ("default", "b"))
+        assert (first.requires_grad, second.requires_grad) == (True, False)
+        inputs = batch()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        torch.optim.SGD([first, second], lr=0.1).step()
+        assert torch.equal(first, saved - 0.1 * first.grad) and first.grad.any()
+        assert torch.equal(second, saved)
+        with model.disable_adapter():
+            assert trainable(model) == set()
+        assert trainable(model) == {"prompt_encoder.default.embedding.weight"}
+        model.set_adapter("b")
+        assert trainable(model) == {"prompt_encoder.b.embedding.weight"}
 
     def test_cannot_be_loaded_to_be_trained_on(self, tmp_path):
         prompted().save_pretrained(tmp_path)

@@ -119,8 +119,8 @@ def test_operations_have_no_reverse(operation):
         (r".*\.(q_proj|w1|w2|w3)", {"q_proj"}, ["gate_up_proj", "down_proj"]),
         (r".*block_sparse_moe\.experts\.\d+\.w[123]", set(), ["gate_up_proj", "down_proj"]),
         ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj"}, ["gate_up_proj", "down_proj", "gate.weight"]),
-        (["q_proj", "v_proj"], {"q_proj", "v_proj"}, None),
-        (r".*q_proj", r".*q_proj", None),
+        (["q_proj", "v_proj"], {"q_proj", "v_proj"}, []),
+        (r".*q_proj", r".*q_proj", []),
     ],
 )
 def test_names_of_experts_move_to_target_parameters(targets, modules, parameters):

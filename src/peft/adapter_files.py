@@ -194,6 +194,8 @@ class AdapterFiles:
             )
             undo.push(_unwrap, wrapped, trainable)
             result = self._fill(wrapped, adapter_name, state)
+        if config.is_prompt_learning:
+            wrapped.prompts.resume(adapter_name)
         self._warn_missing(result.missing, adapter_name)
         self._dispatch(wrapped)
         return wrapped.train() if is_trainable and model.training else wrapped.eval() if not is_trainable else wrapped
@@ -231,7 +233,9 @@ class AdapterFiles:
                 )
                 undo.push(model.delete_adapter, adapter_name)
             result = self._fill(model, adapter_name, state, strict=strict)
-        if is_new and is_trainable and not model._is_prompt_learning:
+        if is_new and model._is_prompt_learning:
+            model.prompts.resume(adapter_name)
+        elif is_new and is_trainable:
             model.set_requires_grad(adapter_name, True)
         if not strict:
             self._warn_missing(result.missing, adapter_name)
@@ -272,7 +276,11 @@ class AdapterFiles:
         if strict:
             self._check_names(model, adapter_name, state)
         result = load_adapter_state(
-            model, state, adapter_name, ignore_mismatched_sizes=self.rest.get("ignore_mismatched_sizes", False)
+            model,
+            state,
+            adapter_name,
+            ignore_mismatched_sizes=self.rest.get("ignore_mismatched_sizes", False),
+            given_away=True,
         )
         if not model._is_prompt_learning and hasattr(model.base_model, "holders"):
             finish_loading(model.base_model, model, adapter_name)

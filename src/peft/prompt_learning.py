@@ -178,6 +178,19 @@ class PromptLearning:
         if not inference_mode:
             make_trainable(self.model.base_model)
 
+    def resume(self, adapter_name: str) -> None:
+        """Let a prompt that a file had go on training whenever it is active, though it was loaded for inference.
+
+        There is no other way to load one, since the file has the prompt without what it was computed by. The copies of
+        modules beside it are as the configuration says.
+
+        Args:
+            adapter_name: a known name.
+        """
+        if self.encoders[adapter_name].resumes:
+            self.encoders._inference -= {adapter_name}
+            self.encoders.refresh([adapter_name])
+
     def delete(self, adapter_name: str) -> None:
         """Remove a prompt with all its weights; if it was active, the one that was added first takes its place.
 

@@ -24,7 +24,8 @@ class RowGroups(dict):
         for row, name in enumerate(adapter_names):
             if name in held:
                 rows.setdefault(name, []).append(row)
-        super().__init__((name, torch.tensor(index, device=device)) for name, index in rows.items())
+        indices = torch.tensor([row for index in rows.values() for row in index], dtype=torch.int64, device=device)
+        super().__init__(zip(rows, indices.split([len(index) for index in rows.values()])))
         self.complete = sum(map(len, rows.values())) == len(adapter_names)
         """Whether every row has an adapter here."""
         self.names = list(adapter_names) if self.complete else [name for name in rows for _ in rows[name]]

@@ -117,13 +117,16 @@ def load_adapter_state(
     adapter_name: str,
     ignore_mismatched_sizes: bool = False,
     assign: bool = False,
+    given_away: bool = False,
 ) -> LoadResult:
-    """`set_peft_model_state_dict` with only the adapter's own names in the result."""
+    """`set_peft_model_state_dict` with only the adapter's own names in the result; `given_away` as `AdapterState.write`."""
     config = model.peft_config[adapter_name]
     if config.is_prompt_learning:
         return model.load_prompt_encoder_state(adapter_name, state, ignore_mismatched_sizes=ignore_mismatched_sizes)
     adapter = AdapterState(model, adapter_name)
-    result = adapter.write(state, ignore_mismatched_sizes=ignore_mismatched_sizes, assign=assign)
+    result = adapter.write(
+        state, ignore_mismatched_sizes=ignore_mismatched_sizes, assign=assign, given_away=given_away
+    )
     if assign:
         for _, holder in holders_of(model):
             if isinstance(holder, BaseTunerLayer):

@@ -31,6 +31,8 @@ class BasePromptEncoder(nn.Module):
     """Whether the prompt depends on the task of each row."""
     frozen: ClassVar[tuple[str, ...]] = ()
     """Names of parameters that never train."""
+    resumes: ClassVar[bool] = True
+    """Whether a prompt that a file had trains on, though it was loaded for inference."""
     own_arguments: ClassVar[tuple[str, ...]] = ()
     """Names of arguments of the model's forward that are for `loss` and not for the base model."""
     loss_arguments: ClassVar[tuple[str, ...]] = ()

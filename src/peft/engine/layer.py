@@ -161,7 +161,7 @@ class AdapterLayer(BaseTunerLayer):
         names = kwargs.get("adapter_names")
         if names is None:
             return
-        if len(names) != len(x):
+        if len(names) != x.shape[0]:
             raise ValueError(
                 f"{self._label or type(self).__name__}: adapter_names must name one adapter per row, got {len(names)} "
                 f"names for {len(x)} rows."
@@ -199,7 +199,7 @@ class AdapterLayer(BaseTunerLayer):
     def _mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        names = self._batch_names(len(x), adapter_names)
+        names = self._batch_names(x.shape[0], adapter_names)
         if names is None or self._disable_adapters:
             return self.base_layer(x, *args, **kwargs) if self._disable_adapters else self.forward(x, *args, **kwargs)
         self._check_forward_args(x, adapter_names=names)
@@ -263,7 +263,7 @@ class AdapterLayer(BaseTunerLayer):
             changed = self.folded(names, check=safe_merge)
             self.check_writable(changed)
             if self._stash is None:
-                self._stash = self._snapshot(changed)
+                self.__dict__["_stash"] = self._snapshot(changed)
             self._write(changed)
             for layer in self._layers_inside():
                 layer.__dict__["_merged_around"] = layer._merged_around or self
@@ -273,8 +273,8 @@ class AdapterLayer(BaseTunerLayer):
                 "that outputs change a little. Unmerging brings the weight back exactly.",
                 PeftWarning,
             )
-        self.merged_adapters = [*self.merged_adapters, *names]
-        self._plan = self._make_plan()
+        self.__dict__["merged_adapters"] = [*self.merged_adapters, *names]
+        self.__dict__["_plan"] = self._make_plan()
 
     def _layers_inside(self) -> Iterator[AdapterLayer]:
         """The layers between this one and the base layer, outermost first."""
@@ -393,9 +393,8 @@ class AdapterLayer(BaseTunerLayer):
                 self.quantization_backend.restore(self, self._stash)
             else:
                 self._restore()
-            self._stash = None
-            self.merged_adapters = []
-            self._plan = self._make_plan()
+            self.__dict__.update(_stash=None, merged_adapters=[])
+            self.__dict__["_plan"] = self._make_plan()
             for layer in self._layers_inside():
                 if layer._merged_around is self:
                     layer.__dict__["_merged_around"] = None

@@ -77,7 +77,7 @@ def onload_layer(layer: nn.Module, store: bool = True) -> Iterator[None]:
         layer: a tuner layer; one whose weights are all here is left alone.
         store: False if nothing is going to be changed.
     """
-    hooked = [(module, hook) for module in layer.modules() if (hook := offload_hook(module)) is not None]
+    hooked = list(_offloaded(layer))
     for module, hook in hooked:
         hook.pre_forward(module)
     try:
@@ -88,6 +88,18 @@ def onload_layer(layer: nn.Module, store: bool = True) -> Iterator[None]:
             if store:
                 _store(module, hook.weights_map)
             hook.post_forward(module, None)
+
+
+def _offloaded(layer: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+    """The modules in a layer whose weights a hook keeps, with the hook, outermost first."""
+    # Not by modules(), which costs as much as what is done to the layer: hardly any has a hook.
+    modules = [layer]
+    for module in modules:
+        modules.extend(child for child in module._modules.values() if child is not None)
+    for module in dict.fromkeys(module for module in modules if "_hf_hook" in module.__dict__):
+        hook = offload_hook(module)
+        if hook is not None:
+            yield module, hook
 
 
 def _store(module: nn.Module, weights_map: Any) -> None:

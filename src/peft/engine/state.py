@@ -7,7 +7,8 @@ it; nothing else translates keys.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -186,7 +187,11 @@ class AdapterState:
     # --------------------------------------------------------------------------------------------------------- writing
 
     def write(
-        self, state: dict[str, torch.Tensor], ignore_mismatched_sizes: bool = False, assign: bool = False
+        self,
+        state: dict[str, torch.Tensor],
+        ignore_mismatched_sizes: bool = False,
+        assign: bool = False,
+        given_away: bool = False,
     ) -> LoadResult:
         """Load the adapter's tensors; everything is checked before a value is written.
 
@@ -196,6 +201,8 @@ class AdapterState:
             state: tensors by their names on disk.
             ignore_mismatched_sizes: leave tensors of another shape out, with a warning, instead of raising.
             assign: make the given tensors the parameters instead of copying their values.
+            given_away: nobody else is going to use the given tensors, so that parameters which have no storage yet may
+                have theirs.
 
         Raises:
             RuntimeError: a tensor has another shape than its place.
@@ -213,8 +220,9 @@ class AdapterState:
         with partitions_gathered(self._targets(state)):
             plan, base, unexpected = self._checked(state, ignore_mismatched_sizes)
         with self._apart_from_merged(state), partitions_gathered(self._targets(state), store=True), torch.no_grad():
+            own = _with_own_storage(value for _, value in plan.values()) if given_away else set()
             for slot, value in plan.values():
-                _store(slot.entry, value, assign)
+                _store(slot.entry, value, assign, copy=id(value) not in own)
             for key, value in base.items():
                 self._store_in_base(key, value)
         for _, holder in holders_of(self.model):
@@ -408,7 +416,20 @@ def check_finite(tensors: dict[str, torch.Tensor]) -> None:
             raise ValueError(f"The weights {bad[:5]} have NaN or infinite values. Nothing was loaded.")
 
 
-def _store(entry: Entry, value: torch.Tensor, assign: bool) -> None:
+def _with_own_storage(tensors: Iterable[torch.Tensor]) -> set[int]:
+    """The ids of those tensors that fill a storage of their own, from its start to its end."""
+    found = [tensor for tensor in tensors if not is_spread(tensor)]
+    users = Counter(tensor.untyped_storage().data_ptr() for tensor in found)
+    return {
+        id(tensor)
+        for tensor in found
+        if tensor.is_contiguous()
+        and users[tensor.untyped_storage().data_ptr()] == 1
+        and tensor.untyped_storage().nbytes() == tensor.nbytes
+    }
+
+
+def _store(entry: Entry, value: torch.Tensor, assign: bool, copy: bool = True) -> None:
     current = entry.tensor
     if is_spread(current):
         value = spread_like(value, current)
@@ -418,7 +439,7 @@ def _store(entry: Entry, value: torch.Tensor, assign: bool) -> None:
         return
     # A meta tensor has the dtype that the adapter is to have; the value decides the device, unless moved later.
     dtype = current.dtype if current.is_meta and not assign else value.dtype
-    fresh = value.to(dtype) if assign else value.to(dtype, copy=True)
+    fresh = value.to(dtype) if assign else value.detach().to(dtype, copy=copy)
     if isinstance(current, nn.Parameter):
         fresh = nn.Parameter(fresh, requires_grad=current.requires_grad)
     owner = entry.owner

@@ -200,7 +200,9 @@ def fill_cache(
             keys, values = keys.to(devices[index]), values.to(devices[index])
         target.update(keys, values, index)
     if skipped:
-        found = f"expected keys of at most {heads} heads of the width {width}, the model's layers have {shapes or 'none'}"
+        found = (
+            f"expected keys of at most {heads} heads of the width {width}, the model's layers have {shapes or 'none'}"
+        )
         if len(skipped) == len(pairs):
             raise ValueError(f"No layer can take the prompt: {found}. Set token_dim and num_attention_heads to fit.")
         warnings.warn(f"The layers {skipped} get no prompt: they keep no keys of their own, or larger ones ({found}).")

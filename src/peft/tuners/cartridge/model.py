@@ -22,6 +22,7 @@ class CartridgeEncoder(KeyValueEncoder):
     """
 
     frozen = ("frozen_embedding",)
+    resumes = False
 
     def __init__(self, config: CartridgeConfig) -> None:
         super().__init__()

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ...engine.encoders import BasePromptEncoder
-from ...utils.integrations import gather_params_ctx
 from ...utils.prompts import IGNORED
+from ..prompt_tuning.model import embedded
 
 if TYPE_CHECKING:
     from .config import CPTConfig
@@ -51,6 +51,7 @@ class CPTEmbedding(BasePromptEncoder):
         for name in ("token_ids", "types", "limits"):
             self.register_buffer(name, None, persistent=False)
         self.set_updated_tokens()
+        check_tokens(config.cpt_token_ids, word_embeddings)
         start = embedded(self.token_ids, word_embeddings)
         with torch.no_grad():
             self.embedding.weight.copy_(start)
@@ -181,22 +182,20 @@ class CPTEmbedding(BasePromptEncoder):
         self.delta_embedding.weight.copy_(delta)
 
 
-def embedded(ids: torch.Tensor, word_embeddings: nn.Module) -> torch.Tensor:
-    """The base model's embeddings of tokens: (tokens, width), float32.
+def check_tokens(ids: list[int], word_embeddings: nn.Module) -> None:
+    """Refuse ids that a vocabulary does not have.
 
     Args:
-        ids: (tokens,), long.
+        ids: of tokens.
         word_embeddings: the base model's.
 
     Raises:
         ValueError: a token is none of the vocabulary's.
     """
     size = getattr(word_embeddings, "num_embeddings", None)
-    outside = [] if size is None else [token for token in ids.tolist() if not 0 <= token < size]
+    outside = [] if size is None else [token for token in ids if not 0 <= token < size]
     if outside:
         raise ValueError(f"cpt_token_ids has {outside}, and the base model's vocabulary has 0 to {size - 1}.")
-    with torch.no_grad(), gather_params_ctx(word_embeddings.parameters()):
-        return word_embeddings(ids.to(next(word_embeddings.parameters()).device)).to(torch.float32)
 
 
 def projected(delta: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:

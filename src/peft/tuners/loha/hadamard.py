@@ -145,6 +145,33 @@ class HadaWeightCP(torch.autograd.Function):
         return *_gradients(hadamard_cp, ctx.saved_tensors, grad_out * ctx.scale), None
 
 
+class HadamardProduct(torch.autograd.Function):
+    """scale·(P₁·Q₁) ⊙ (P₂·Q₂) of matrices, which keeps neither product; its backward can be differentiated again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        p1: torch.Tensor, q1: torch.Tensor, p2: torch.Tensor, q2: torch.Tensor, scale: torch.Tensor | float
+    ) -> torch.Tensor:
+        """As `hadamard`; the scale gets no gradient."""
+        return (p1 @ q1).mul_(p2 @ q2).mul_(scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: torch.Tensor) -> None:
+        """Remember the factors."""
+        *factors, ctx.scale = inputs
+        ctx.save_for_backward(*factors)
+
+    @staticmethod
+    def backward(ctx, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of the four factors."""
+        p1, q1, p2, q2 = ctx.saved_tensors
+        scaled = grad_out * ctx.scale
+        first, second = scaled * (p2 @ q2), scaled * (p1 @ q1)
+        return first @ q1.T, p1.T @ first, second @ q2.T, p2.T @ second, None
+
+
 def make_weight(
     w1a: torch.Tensor, w1b: torch.Tensor, w2a: torch.Tensor, w2b: torch.Tensor, scale: torch.Tensor | float
 ) -> torch.Tensor:

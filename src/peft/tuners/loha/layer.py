@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...utils.tensors import is_spread
 from ..lycoris_utils import LycorisLayer, scaled_rows
 from .hadamard import (
+    HadamardProduct,
     HadaWeight,
     HadaWeightCP,
     hadamard_factors,
@@ -106,7 +108,10 @@ class LoHaLayer(LycorisLayer, nn.Module):
     def delta_weight(self, adapter: str) -> torch.Tensor:
         """s·(A₁·B₁) ⊙ (A₂·B₂), canonical."""
         p1, q1, p2, q2 = self.factors(adapter)
-        return low_rank(p1, q1) * low_rank(p2, q2) * self.scaling[adapter]
+        if torch.is_autocast_enabled(p1.device.type) or is_spread(p1):  # whose products are of other sorts than they
+            return low_rank(p1, q1) * low_rank(p2, q2) * self.scaling[adapter]
+        product = HadamardProduct.apply(p1, q1.flatten(1), p2, q2.flatten(1), self.scaling[adapter])
+        return product.unflatten(1, q1.shape[1:])
 
     def activations(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
         """ΔW·x; where r² is small beside the layer, by the factors of ΔW instead of ΔW itself."""

@@ -222,6 +222,8 @@ def convert_peft_config_for_transformers(peft_config: Any, model: nn.Module, con
         return
     selection = _Selection(peft_config, model, conversions)
     if not selection.sites:
+        if means_experts_first(model):  # files of such models say it with an empty list
+            peft_config.target_parameters = list(peft_config.target_parameters or ())
         return
     adapted = [_rank_and_alpha(peft_config, site) for site in selection.sites]
     modules, parameters = selection.target_modules(), selection.target_parameters()

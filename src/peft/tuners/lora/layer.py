@@ -289,8 +289,8 @@ class LoraLayer(AdditiveLayer):
         return B(hidden) * self.scaling[adapter]
 
     def mixed_forward(self, x: torch.Tensor, rows: RowGroups, *args: Any, **kwargs: Any) -> torch.Tensor:
-        result = self.base_layer(x, *args, **kwargs)
-        varied = [name for name in rows if self._computing_variant(name) is not None]
+        result = self._modules["base_layer"](x, *args, **kwargs)
+        varied = [name for name in self.lora_variant and rows if self._computing_variant(name) is not None]
         for name in varied:
             index, variant = rows[name], self.lora_variant[name]
             part = self._cast_term_input(x[index], self.factor_dtype(name))
@@ -409,8 +409,10 @@ class Linear(LoraLayer, nn.Module):
             (..., out) in the base layer's dtype.
         """
         plan, roster = self._plan, self._roster
-        if plan is None or kwargs or (roster is not None and roster.batch is not None):
+        if plan is None or kwargs:
             return super().forward(x, *args, **kwargs)
+        if roster is not None and roster.batch is not None:
+            return self._mixed_batch_forward(x, *args)
         result = self._modules["base_layer"](x, *args)
         return self._with_terms(x, result, plan) if plan else result
 
@@ -424,7 +426,7 @@ class Linear(LoraLayer, nn.Module):
         return add_product(result, hidden, B._parameters["weight"], self._scaling[adapter])
 
     def _add_plain_terms(self, x: torch.Tensor, result: torch.Tensor, rows: RowGroups) -> torch.Tensor:
-        if len(rows) < 2 or x.dim() not in (2, 3) or any(self.lora_bias[name] for name in rows):
+        if len(rows) < 2 or x.dim() not in (2, 3) or any(map(self.lora_bias.get, rows)):
             return super()._add_plain_terms(x, result, rows)
         index = None if rows.complete else rows.flat
         part, onto = (x, result) if index is None else (x[index], result[index])
@@ -437,11 +439,12 @@ class Linear(LoraLayer, nn.Module):
     def _add_batched(self, x: torch.Tensor, result: torch.Tensor, names: list[str]) -> torch.Tensor:
         """result + s·B(A(x)) of another adapter for each row; x is (rows, tokens, in)."""
         A, B = self._stacked_factors(names)
-        factors = dict(self._scaling)
-        scaling: Any = factors[names[0]]
-        if any(factors[name] != scaling for name in names):
-            scaling = torch.tensor([float(factors[name]) for name in names], dtype=A.dtype, device=A.device)
-            scaling = scaling.view(-1, 1, 1)
+        factors = list(map(self._scaling.get, names))
+        scaling: Any = factors[0]
+        if factors.count(scaling) < len(factors):
+            scaling = torch.tensor([float(factor) for factor in factors], dtype=A.dtype, device=A.device).view(
+                -1, 1, 1
+            )
         hidden = torch.bmm(self._cast_term_input(x, A.dtype), A.mT)
         if torch.is_tensor(scaling):
             hidden, scaling = hidden * scaling, 1.0
@@ -455,8 +458,8 @@ class Linear(LoraLayer, nn.Module):
         lora_A, lora_B = self._modules["lora_A"]._modules, self._modules["lora_B"]._modules
         A = [lora_A[name]._parameters["weight"] for name in names]
         B = [lora_B[name]._parameters["weight"] for name in names]
-        ranks = [factor.size(0) for factor in A]
-        if min(ranks) != max(ranks):
+        if len({factor.shape for factor in A}) > 1:
+            ranks = [factor.size(0) for factor in A]
             A = [F.pad(factor, (0, 0, 0, max(ranks) - rank)) for factor, rank in zip(A, ranks)]
             B = [F.pad(factor, (0, max(ranks) - rank)) for factor, rank in zip(B, ranks)]
         return torch.stack(A), torch.stack(B)

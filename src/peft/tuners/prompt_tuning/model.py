@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from ...engine.encoders import BasePromptEncoder
+from ...engine.lifecycle import AdapterHolder
+from ...engine.offload import execution_device
 from ...utils.integrations import gather_params_ctx
 from .config import PromptTuningInit
 
@@ -32,9 +34,7 @@ class PromptEmbedding(BasePromptEncoder):
             return
         ids = start_ids(config, tokens, word_embeddings)
         if ids is not None:
-            with torch.no_grad(), gather_params_ctx(word_embeddings.parameters()):
-                start = word_embeddings(ids.to(next(word_embeddings.parameters()).device))
-                self.embedding.weight = nn.Parameter(start.detach().to(torch.float32, copy=True))
+            self.embedding.weight = nn.Parameter(embedded(ids, word_embeddings))
 
     @classmethod
     def build(cls, config: PromptTuningConfig, word_embeddings: nn.Module, base_model: nn.Module) -> PromptEmbedding:
@@ -54,6 +54,20 @@ class PromptEmbedding(BasePromptEncoder):
             (batch, tokens, width).
         """
         return self.embedding(indices)
+
+
+@torch.no_grad()
+def embedded(ids: torch.Tensor, word_embeddings: nn.Module) -> torch.Tensor:
+    """The base model's embeddings of tokens: (tokens, width), float32, in storage of their own.
+
+    Args:
+        ids: (tokens,), long.
+        word_embeddings: the base model's, whose weights may be kept elsewhere; or the wrapper around them.
+    """
+    own = word_embeddings.get_base_layer() if isinstance(word_embeddings, AdapterHolder) else word_embeddings
+    device = execution_device(own) or next(own.parameters()).device
+    with gather_params_ctx(word_embeddings.parameters()):
+        return word_embeddings(ids.to(device)).to(torch.float32, copy=True)
 
 
 def start_ids(config: PromptTuningConfig, tokens: int, word_embeddings: nn.Module) -> torch.Tensor | None:
