@@ -128,6 +128,23 @@ def test_a_failed_load_takes_the_layers_of_the_new_adapter_out_again(mixed, tmp_
     assert model.base_model.targeted_module_names == ["lin"]
 
 
+@pytest.mark.parametrize("used", ["merged", "activated through the tuner"])
+def test_a_failed_load_leaves_what_is_merged_and_what_is_active(used, tmp_path):
+    config = LoraConfig(r=2, target_modules=["lin"], modules_to_save=["head"], init_lora_weights=False)
+    model = peft.get_peft_model(net(), config, adapter_name="b")
+    model.add_adapter("a", config)
+    model.save_pretrained(tmp_path, selected_adapters=["a"])
+    file = tmp_path / "a" / SAFETENSORS_WEIGHTS_NAME
+    save_file({**load_file(file), "base_model.model.head.weights": torch.zeros(1)}, file)
+    if used == "merged":
+        model.merge_adapter()
+    else:
+        model.base_model.set_adapter(["a"])
+    with whole_or_not_at_all(model, tmp_path) as caught:
+        model.load_adapter(tmp_path / "a", "default", strict=True)
+    assert "nearest: base_model.model.head.weight" in str(caught[0])
+
+
 def test_dora_around_another_method_merges_to_what_it_computes():
     loha = peft.LoHaConfig(r=2, target_modules=["lin"], init_weights=False)
     model = peft.get_peft_model(net(), loha, adapter_name="a", mixed=True).eval()

@@ -124,6 +124,8 @@ def test_settings_that_do_not_exist_are_refused(bitsandbytes):
         loftq_init(torch.randn(4, 4), num_bits=3, reduced_rank=2)
     with pytest.raises(ValueError, match="one step at least, got loftq_iter=0"):
         loftq_init(torch.randn(4, 4), num_bits=4, reduced_rank=2, num_iter=0)
+    with pytest.raises(ValueError, match="1000 steps at most, .* got loftq_iter=1001"):
+        loftq_init(torch.randn(4, 4), num_bits=4, reduced_rank=2, num_iter=1001)
 
 
 def test_bitsandbytes_is_needed(monkeypatch):

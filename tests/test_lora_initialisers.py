@@ -330,6 +330,11 @@ def test_an_unknown_name_is_answered_by_the_nearest(layer, init, nearest):
     assert type(net.layer).__module__.startswith("torch")
 
 
+def test_iterations_without_end_are_refused():
+    with pytest.raises(ValueError, match="layer: init_lora_weights='pissa_niter_1001' .* more than 1000 iterations"):
+        adapted(case("linear")[0], "pissa_niter_1001")
+
+
 def test_something_that_is_no_name_is_refused():
     with pytest.raises(ValueError, match="must be True, False or a name, got 5"):
         adapted(case("linear")[0], 5)

@@ -13,7 +13,9 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from .config import PeftConfig
 from .engine.checkpoint import get_peft_model_state_dict, load_adapter_state, load_peft_weights
+from .engine.lifecycle import AdapterHolder, holders_of
 from .engine.loading import finish_loading
+from .engine.offload import onload_layer
 from .engine.state import LoadResult, base_model_of
 from .engine.undo import Undo
 from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -219,6 +221,7 @@ class AdapterFiles:
         if not is_new:
             self._narrow(adapter_name)
         state = self._read_weights(torch_device, key_mapping)
+        merged = [(holder, list(holder.merged_adapters)) for _, holder in holders_of(model) if holder.merged_adapters]
         with Undo() as undo:
             if is_new:
                 config = self.read_config()
@@ -231,7 +234,7 @@ class AdapterFiles:
                     low_cpu_mem_usage=may_defer(config),
                     autocast_adapter_dtype=autocast_adapter_dtype,
                 )
-                undo.push(model.delete_adapter, adapter_name)
+                undo.push(_take_out, model, adapter_name, vars(model).get("active_adapter"), merged)
             result = self._fill(model, adapter_name, state, strict=strict)
         if is_new and model._is_prompt_learning:
             model.prompts.resume(adapter_name)
@@ -326,6 +329,19 @@ def may_defer(config: PeftConfig) -> bool:
     """Whether an adapter's parameters can be made without storage: not if its start changes the base model."""
     mutates = getattr(method(config.peft_type).model_cls, "changes_base_at_start", None)
     return not config.is_prompt_learning and not (mutates is not None and mutates(config))
+
+
+def _take_out(
+    model: PeftModel, adapter_name: str, active_adapter: Any, merged: list[tuple[AdapterHolder, list[str]]]
+) -> None:
+    """Remove an adapter whose weights could not be loaded; a copy that it had of a module had what is merged taken out."""
+    model.delete_adapter(adapter_name)
+    for holder, names in reversed(merged):
+        if not holder.merged_adapters:
+            with onload_layer(holder):
+                holder.merge(adapter_names=names)
+    if active_adapter is not None:  # a mixed model asks its tuner
+        model.active_adapter = active_adapter
 
 
 def _unwrap(model: PeftModel, trainable: list[nn.Parameter]) -> None:
