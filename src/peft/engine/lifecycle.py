@@ -185,7 +185,7 @@ def _existing(module: Any, name: str) -> Any:
     for part in name.split("."):
         if module is None:
             return None
-        found = module.__dict__.get(part)
+        found = module.__dict__.get("_ranks" if part == "r" else part)  # where the property has them
         module = module._modules.get(part) if found is None else found
     return module
 
@@ -332,12 +332,12 @@ class AdapterHolder:
     @property
     def r(self) -> dict[str, int | None]:
         """Rank by adapter name; clients count its entries to find a free name."""
-        ranks = self.__dict__.get("r")
+        ranks = self.__dict__.get("_ranks")
         return dict.fromkeys(sorted(self.roster.holders)) if ranks is None else ranks
 
     @r.setter
     def r(self, ranks: dict[str, int]) -> None:
-        self.__dict__["r"] = ranks
+        self.__dict__["_ranks"] = ranks
 
     # -------------------------------------------------------------------------------------------------- the one place
 

@@ -54,7 +54,7 @@ class LoraLayer(AdditiveLayer):
         self._wrap(base_layer, **kwargs)
         self.lora_dropout = nn.ModuleDict()
         self.__dict__.update(
-            r={},
+            _ranks={},
             lora_alpha={},
             _scaling=Scaling(),
             use_dora={},
