@@ -11,8 +11,9 @@ from torch import nn
 from ..utils.naming import near_misses
 from .auxiliary import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from .layer import BaseTunerLayer
-from .lifecycle import AdapterHolder, Roster, holders_of, roster_of
+from .lifecycle import AdapterHolder, holders_of, roster_of
 from .matching import is_suffix
+from .roster import Roster
 from .sharding import gathered, is_sharded
 from .tying import input_embedding_name, tied_module_names
 from .undo import Undo

@@ -19,7 +19,7 @@ from ..utils.field_types import check_numbers
 from .additional import set_additional_trainable_modules
 from .backends import make_trainable
 from .layer import deferred_parameters, note_shared_weights
-from .lifecycle import AdapterHolder, Roster, holders_of, modules_of, set_trains
+from .lifecycle import AdapterHolder, holders_of, modules_of, set_trains
 from .matching import (
     EXCLUDED,
     TargetMatcher,
@@ -31,6 +31,7 @@ from .matching import (
     without_hits,
 )
 from .operations import refresh_biases
+from .roster import Roster
 from .sharding import gathered, is_sharded, reshard, warn_if_trained
 from .tying import check_tied_weights
 from .undo import Undo

@@ -28,9 +28,9 @@ class BaseTunerLayer(AdapterHolder):
 
     def get_base_layer(self) -> nn.Module:
         """The innermost wrapped module."""
-        layer = self._modules["base_layer"]
+        layer = self.base_layer
         while isinstance(layer, BaseTunerLayer):
-            layer = layer._modules["base_layer"]
+            layer = layer.base_layer
         return layer
 
     @property

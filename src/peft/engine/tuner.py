@@ -23,7 +23,7 @@ from .calls import MixedBatch
 from .injection import AdapterConfigs, Injection
 from .kinds import kind_of
 from .layer import AdapterLayer, BaseTunerLayer
-from .lifecycle import AdapterHolder, Roster, as_names, holders_of, modules_of
+from .lifecycle import AdapterHolder, as_names, holders_of, modules_of
 from .matching import TargetMatcher, _ExcludedModule
 from .offload import onload_layer
 from .operations import (
@@ -34,6 +34,7 @@ from .operations import (
     refresh_biases,
     uses_checkpointing,
 )
+from .roster import Roster
 from .sharding import check_deletable, check_merges_alone, reshard
 from .undo import Undo
 
@@ -523,7 +524,6 @@ class BaseTuner(ForwardsAttributes, nn.Module):
         reshard(self)
         if merge:
             self._check_merge_allowed()
-            check_merges_alone(self.model, self.holders)
         check_merges_alone(self.model, self.holders)
         if merge and safe_merge:
             self._try_merging(adapter_names)

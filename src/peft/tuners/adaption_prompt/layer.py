@@ -78,10 +78,6 @@ class _BaseAdaptedAttention(AdapterLayer, nn.Module):
     def base_layer(self) -> nn.Module:
         return self._modules["model"]
 
-    def get_base_layer(self) -> nn.Module:
-        """The attention that is wrapped."""
-        return self.model
-
     @property
     def compute_query_states(self) -> Callable[..., torch.Tensor]:
         return TRANSFORMERS_MODEL_CONFIG[self.model_type].compute_query_states
