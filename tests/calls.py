@@ -395,6 +395,12 @@ class Calls(RuleBasedStateMachine):
     def calls_with_a_name(self):
         return [self.call_set]
 
+    def copy_of(self, path):
+        """A saved adapter once more, to be damaged."""
+        copied = self.folder / "damaged"
+        shutil.rmtree(copied, ignore_errors=True)
+        return shutil.copytree(path, copied)
+
     @precondition(lambda self: self.can_save and self.saved)
     @rule(data=st.data(), name=names, at=st.floats(0, 0.95))
     def load_a_damaged_file(self, data, name, at):
@@ -402,9 +408,7 @@ class Calls(RuleBasedStateMachine):
         there = self.oracle.adapters.get(name)
         if there is not None and there.recipe != recipe:
             return
-        bad = self.folder / "damaged"
-        shutil.rmtree(bad, ignore_errors=True)
-        shutil.copytree(path, bad)
+        bad = self.copy_of(path)
         whole = (bad / SAFETENSORS_WEIGHTS_NAME).read_bytes()
         (bad / SAFETENSORS_WEIGHTS_NAME).write_bytes(whole[: int(len(whole) * at)])
         with must_fail(self):
@@ -417,9 +421,7 @@ class Calls(RuleBasedStateMachine):
         there = self.oracle.adapters.get(name)
         if there is not None and there.recipe != recipe:
             return
-        bad = self.folder / "damaged"
-        shutil.rmtree(bad, ignore_errors=True)
-        shutil.copytree(path, bad)
+        bad = self.copy_of(path)
         state = load_file(bad / SAFETENSORS_WEIGHTS_NAME)
         key = data.draw(st.sampled_from(sorted(state)))
         if change != "less":

@@ -17,8 +17,8 @@ from diffusers import (  # noqa: E402
     CogVideoXTransformer3DModel,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
-    UNet2DConditionModel,
 )
+from diffusion import unet  # noqa: E402
 from life import Door  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -121,22 +121,6 @@ def sd3_inputs(dtype):
         "pooled_projections": noise(1, 16, dtype=dtype),
         "timestep": torch.tensor([1.0], dtype=dtype),
     }
-
-
-def unet():
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        block_out_channels=(4, 8),
-        norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=2,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        sample_size=8,
-    )
 
 
 def unet_inputs(dtype):

@@ -9,8 +9,9 @@ import torch
 
 diffusers = pytest.importorskip("diffusers")
 
-from diffusers import DiffusionPipeline, UNet2DConditionModel  # noqa: E402
+from diffusers import DiffusionPipeline  # noqa: E402
 from diffusers.loaders import StableDiffusionLoraLoaderMixin  # noqa: E402
+from diffusion import unet  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
 
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model  # noqa: E402
@@ -28,21 +29,6 @@ class Pipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     def __init__(self, unet, text_encoder):
         super().__init__()
         self.register_modules(unet=unet, text_encoder=text_encoder)
-
-
-def unet():
-    return UNet2DConditionModel(
-        block_out_channels=(4, 8),
-        norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=2,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        sample_size=8,
-    )
 
 
 def text_encoder():

@@ -13,9 +13,8 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from .config import PeftConfig
 from .engine.checkpoint import get_peft_model_state_dict, load_adapter_state, load_peft_weights
-from .engine.lifecycle import AdapterHolder, holders_of
+from .engine.lifecycle import AdapterHolder, holders_of, set_merged
 from .engine.loading import finish_loading
-from .engine.offload import onload_layer
 from .engine.state import LoadResult, base_model_of
 from .engine.undo import Undo
 from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -269,9 +268,7 @@ class AdapterFiles:
         if config.is_prompt_learning:
             check_prompt_file(config, base, state, adapter_name)
         else:
-            check = getattr(method(config.peft_type).model_cls, "check_file", None)
-            if check is not None:
-                check(config, state)
+            method(config.peft_type).model_cls.check_file(config, state)
 
     def _fill(
         self, model: PeftModel, adapter_name: str, state: dict[str, torch.Tensor], strict: bool = False
@@ -337,9 +334,7 @@ def _take_out(
     """Remove an adapter whose weights could not be loaded; a copy that it had of a module had what is merged taken out."""
     model.delete_adapter(adapter_name)
     for holder, names in reversed(merged):
-        if not holder.merged_adapters:
-            with onload_layer(holder):
-                holder.merge(adapter_names=names)
+        set_merged(holder, names)
     if active_adapter is not None:  # a mixed model asks its tuner
         model.active_adapter = active_adapter
 

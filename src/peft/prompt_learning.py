@@ -36,8 +36,8 @@ from .engine.sharding import (
     without_wrappers,
 )
 from .engine.state import AdapterState, LoadResult, check_dtype, check_finite
-from .engine.tuner import places_of
 from .engine.undo import Undo
+from .engine.unloading import places_of
 from .utils.error import SizeError
 from .utils.field_types import check_numbers
 from .utils.prompts import _prepare_prompt_learning_config

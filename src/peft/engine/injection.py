@@ -18,7 +18,7 @@ from ..utils.error import NoMatchingPeftModuleError
 from ..utils.field_types import check_numbers
 from .additional import set_additional_trainable_modules
 from .backends import make_trainable
-from .layer import deferred_parameters, note_shared_weights
+from .layer import deferred_parameters
 from .lifecycle import AdapterHolder, holders_of, modules_of, set_trains
 from .matching import (
     EXCLUDED,
@@ -33,7 +33,7 @@ from .matching import (
 from .operations import refresh_biases
 from .roster import Roster
 from .sharding import gathered, is_sharded, reshard, warn_if_trained
-from .tying import check_tied_weights
+from .tying import check_tied_weights, note_shared_weights
 from .undo import Undo
 
 if TYPE_CHECKING:

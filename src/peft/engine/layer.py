@@ -10,7 +10,6 @@ Weights are canonical in these (see `kinds`). The engine does the rest.
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,7 +23,6 @@ from ..utils.warning import PeftWarning
 from .backends import resolve_quantization_backend
 from .calls import MixedBatch, RowGroups
 from .kinds import Kind, kind_of, kinds
-from .lifecycle import modules_of
 from .protocol import BaseTunerLayer, check_adapters_to_merge
 from .scaling import Scaling
 
@@ -276,6 +274,11 @@ class AdapterLayer(BaseTunerLayer):
         self.__dict__["merged_adapters"] = [*self.merged_adapters, *names]
         self.__dict__["_plan"] = self._make_plan()
 
+    def merge_for_good(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """`merge` without a way back, which would keep the weight that was there as long as the layer is."""
+        self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        self._stash = None
+
     def _layers_inside(self) -> Iterator[AdapterLayer]:
         """The layers between this one and the base layer, outermost first."""
         layer = self.base_layer
@@ -410,29 +413,6 @@ class AdapterLayer(BaseTunerLayer):
             return self.quantization_backend.weight_in(self.get_base_layer(), stash)
         name = "weight" if self.kind is None else self.kind.weight_name
         return stash[name].to(self.weight.device) if name in stash else self.get_base_weight()
-
-
-def note_shared_weights(model: nn.Module, layers: Iterable[Any]) -> None:
-    """Tell layers which of their base tensors other modules of the model use too, so that merging leaves those alone.
-
-    Args:
-        model: the model.
-        layers: tuner layers in it.
-    """
-    users: Counter[int] = Counter()
-    own: dict[int, dict[str, nn.Parameter]] = {}
-    for _, module in modules_of(model):
-        users.update(map(id, module._parameters.values()))
-        if isinstance(module, AdapterLayer) and module.lent:
-            users.update(map(id, module.lent.values()))
-            own.setdefault(id(module.get_base_layer()), {}).update(module.lent)
-    for layer in layers:
-        if isinstance(layer, AdapterLayer) and not layer.shares_merged_weight:
-            base_layer = layer.get_base_layer()
-            tensors = base_layer._parameters | own.get(id(base_layer), {})
-            layer.__dict__["_shared"] = frozenset(
-                key for key, value in tensors.items() if value is not None and users[id(value)] > 1
-            )
 
 
 def _kept(tensor: torch.Tensor) -> torch.Tensor:

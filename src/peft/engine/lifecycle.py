@@ -460,6 +460,22 @@ class AdapterHolder:
         return False
 
 
+def set_merged(holder: AdapterHolder, adapter_names: list[str]) -> None:
+    """Merge or unmerge until exactly these adapters are merged, in this order.
+
+    Args:
+        holder: a tuner layer or wrapper.
+        adapter_names: what is to be merged into its base module.
+    """
+    if holder.merged_adapters == adapter_names:
+        return
+    with onload_layer(holder):
+        if holder.merged_adapters:
+            holder.unmerge()
+        if adapter_names:
+            holder.merge(adapter_names=adapter_names)
+
+
 def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Dotted name and module of a model and of everything in it but what adapters brought, outermost first.
 

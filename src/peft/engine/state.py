@@ -22,8 +22,7 @@ from ..utils.tensors import is_spread, spread_like, whole
 from .auxiliary import AuxiliaryTrainingWrapper
 from .backends import resolve_quantization_backend
 from .layer import BaseTunerLayer
-from .lifecycle import Entry, belongs_to_adapter, holders_of
-from .offload import onload_layer
+from .lifecycle import Entry, belongs_to_adapter, holders_of, set_merged
 from .sharding import FLATTENED, is_flattened, partitions_gathered, reshard, whole_tensors, without_wrappers
 
 BASE_PREFIX = "base_model.model."
@@ -87,15 +86,12 @@ def unmerged(model: nn.Module) -> Iterator[None]:
     merged = [(holder, holder.merged_adapters) for _, holder in holders_of(model) if holder.merged_adapters]
     # Outermost first, and the other way round afterwards: layers that share a weight are merged on top of each other.
     for holder, _ in merged:
-        if holder.merged_adapters:  # a wrapper has unmerged what is inside it
-            with onload_layer(holder):
-                holder.unmerge()
+        set_merged(holder, [])
     try:
         yield
     finally:
         for holder, names in reversed(merged):
-            with onload_layer(holder):
-                holder.merge(adapter_names=names)
+            set_merged(holder, names)
 
 
 class AdapterState:

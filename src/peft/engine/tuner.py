@@ -23,7 +23,7 @@ from .calls import MixedBatch
 from .injection import AdapterConfigs, Injection
 from .kinds import kind_of
 from .layer import AdapterLayer, BaseTunerLayer
-from .lifecycle import AdapterHolder, as_names, holders_of, modules_of
+from .lifecycle import AdapterHolder, as_names, holders_of, set_merged
 from .matching import TargetMatcher, _ExcludedModule
 from .offload import onload_layer
 from .operations import (
@@ -37,6 +37,7 @@ from .operations import (
 from .roster import Roster
 from .sharding import check_deletable, check_merges_alone, reshard
 from .undo import Undo
+from .unloading import TiedEmbeddings, places_of, unloaded
 
 
 class BaseTuner(ForwardsAttributes, nn.Module):
@@ -458,7 +459,7 @@ class BaseTuner(ForwardsAttributes, nn.Module):
             for _, holder in reversed(self.holders):
                 with onload_layer(holder):
                     before = list(holder.merged_adapters)
-                    undo.push(_set_merged, holder, before)
+                    undo.push(set_merged, holder, before)
                     holder.merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     def unmerge_adapter(self) -> None:
@@ -508,10 +509,10 @@ class BaseTuner(ForwardsAttributes, nn.Module):
             self.unmerge_adapter()
             return
         for _, holder in self.holders:
+            before = list(holder.merged_adapters)
             with onload_layer(holder):
-                before = list(holder.merged_adapters)
                 holder.merge(safe_merge=True, adapter_names=adapter_names)
-                _set_merged(holder, before)
+            set_merged(holder, before)
 
     def _unload_and_optionally_merge(
         self,
@@ -530,7 +531,7 @@ class BaseTuner(ForwardsAttributes, nn.Module):
         elif merge:
             self._try_folding(adapter_names)
         places = places_of(self.model)
-        ties = _TiedEmbeddings(self.model)
+        ties = TiedEmbeddings(self.model)
         inside: tuple[str, ...] = ()
         names = [name for name, _ in self.holders]
         for name, holder in tqdm(
@@ -560,59 +561,6 @@ class BaseTuner(ForwardsAttributes, nn.Module):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         if autocast_adapter_dtype:
             cast_holders([holder for _, holder in self.holders], adapter_name)
-
-
-def unloaded(holder: AdapterHolder, merge: bool, adapter_names: list[str] | None) -> nn.Module:
-    """The plain module inside a holder, the holders inside it unloaded too, with the adapters folded in if asked."""
-    if hasattr(holder, "unload_and_optionally_merge_module"):
-        return holder.unload_and_optionally_merge_module(merge, False, adapter_names)
-    inner = holder.base_layer
-    if isinstance(inner, AdapterHolder):
-        plain = unloaded(inner, merge, adapter_names)
-        holder.base_layer = plain
-    if merge:
-        holder.merge(adapter_names=adapter_names)
-        holder._stash = None  # the weight before: the tuner lists the layer until the last one is out
-    elif holder.merged_adapters:
-        holder.unmerge()
-    return holder.get_base_layer()
-
-
-def _set_merged(holder: AdapterHolder, names: list[str]) -> None:
-    if holder.merged_adapters == names:
-        return
-    holder.unmerge()
-    if names:
-        holder.merge(adapter_names=names)
-
-
-def places_of(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Where a model refers to each of its modules, by the module's id; a shared one is in several places."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for _, owner in modules_of(model):
-        for name, child in owner._modules.items():
-            places.setdefault(id(child), []).append((owner, name))
-    return places
-
-
-class _TiedEmbeddings:
-    """Whether a model's input and output embeddings shared their weight, and whether they still do."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def update_config(self) -> None:
-        config = getattr(self.model, "config", None)
-        if not getattr(config, "tie_word_embeddings", False):
-            return
-        embeddings = [getattr(self.model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
-        weights = [getattr(module, "weight", None) for module in embeddings]
-        if any(weight is None for weight in weights) or weights[0].data_ptr() == weights[1].data_ptr():
-            return
-        config.tie_word_embeddings = False
-        warnings.warn(
-            "The word embeddings are no longer tied after merging; config.tie_word_embeddings is set to False."
-        )
 
 
 def _correct_fan_in_fan_out(config: Any, base: nn.Module) -> None:

@@ -1,12 +1,15 @@
-"""Modules whose weight a model ties to its input embedding, and what a configuration asks about them."""
+"""Weights that several modules of a model share, most of all those tied to its input embedding."""
 
 from __future__ import annotations
 
 import warnings
+from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .layer import AdapterLayer
 from .lifecycle import modules_of
 from .matching import embedding_involved, is_suffix
 
@@ -97,3 +100,26 @@ def save_tied_copies(config: Any, tied: list[str], embedding: str) -> None:
         names.append(embedding)
     config.modules_to_save = names
     config.modules_to_tie = tied
+
+
+def note_shared_weights(model: nn.Module, layers: Iterable[Any]) -> None:
+    """Tell layers which of their base tensors other modules of the model use too, so that merging leaves those alone.
+
+    Args:
+        model: the model.
+        layers: tuner layers in it.
+    """
+    users: Counter[int] = Counter()
+    own: dict[int, dict[str, nn.Parameter]] = {}
+    for _, module in modules_of(model):
+        users.update(map(id, module._parameters.values()))
+        if isinstance(module, AdapterLayer) and module.lent:
+            users.update(map(id, module.lent.values()))
+            own.setdefault(id(module.get_base_layer()), {}).update(module.lent)
+    for layer in layers:
+        if isinstance(layer, AdapterLayer) and not layer.shares_merged_weight:
+            base_layer = layer.get_base_layer()
+            tensors = base_layer._parameters | own.get(id(base_layer), {})
+            layer.__dict__["_shared"] = frozenset(
+                key for key, value in tensors.items() if value is not None and users[id(value)] > 1
+            )

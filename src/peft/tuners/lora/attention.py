@@ -173,8 +173,7 @@ class MultiheadAttention(LoraLayer, nn.Module):
         projection = self.base_layer.out_proj
         for layer in (self, projection):
             if merge:
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-                layer._stash = None
+                layer.merge_for_good(safe_merge=safe_merge, adapter_names=adapter_names)
             elif layer.merged_adapters:
                 layer.unmerge()
         self.base_layer.out_proj = projection.get_base_layer()

@@ -9,7 +9,7 @@ import torch
 
 from ...engine.lifecycle import holders_of
 from ...engine.matching import maybe_condense
-from ...engine.tuner import places_of
+from ...engine.unloading import places_of
 from ...utils.naming import near_misses
 from ...utils.warning import PeftWarning
 from .config import EvaConfig

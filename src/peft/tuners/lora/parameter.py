@@ -184,8 +184,7 @@ class ParamWrapper(LoraLayer, nn.Module):
         if isinstance(inner, AdapterHolder):
             plain = inner.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
         if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            self._stash = None
+            self.merge_for_good(safe_merge=safe_merge, adapter_names=adapter_names)
         elif self.merged_adapters:
             self.unmerge()
         return plain
